@@ -1,0 +1,113 @@
+"""What fits into memory: what a run will need, and the largest micro-batch that the hardware can hold."""
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from diffusers import UNet2DModel
+
+from finetune.config import TrainingConfig, UserError, micro_batch_candidates, plan_batch
+from finetune.windows import Split
+
+
+def state_bytes(unet: UNet2DModel, averaged: bool) -> int:
+    """Bytes that training holds throughout: weights, gradients, AdamW's two moments, and the moving average."""
+    copies = 5 if averaged else 4
+    return copies * sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
+
+
+def activation_bytes(unet: UNet2DModel) -> int:
+    """Bytes that autograd keeps of one image between forward and backward, measured by a forward pass of one image.
+
+    Under mixed precision about half of it; with gradient checkpointing only what is kept between the blocks.
+    """
+    kept: dict[int, int] = {}
+    weights = {parameter.data_ptr() for parameter in unet.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _forward(unet, 1).sum()
+    return sum(kept.values())
+
+
+def _forward(unet: UNet2DModel, count: int) -> torch.Tensor:
+    config, weight = unet.config, next(unet.parameters())
+    images = weight.new_zeros(count, config.in_channels, config.sample_size, config.sample_size)
+    return unet(images, torch.zeros(count, dtype=torch.long, device=weight.device)).sample
+
+
+def memory_plan(unet: UNet2DModel, micro_batch_size: int, averaged: bool) -> str:
+    """What training will hold in memory, for a person to compare with what there is."""
+    state, image = state_bytes(unet, averaged) / 1e6, activation_bytes(unet) / 1e6
+    return (
+        f"Memory: {state:.0f} MB of weights, gradients, optimizer and average, and {image:.1f} MB of activations an image: "
+        f"about {state + micro_batch_size * image:.0f} MB on each process with micro-batches of {micro_batch_size}"
+    )
+
+
+def first_split(training: TrainingConfig, num_processes: int) -> Split:
+    """The split that the config asks for; for `auto`, the whole share of a process at once, to be tried."""
+    largest = None
+    if training.micro_batch_size == "auto":
+        largest = micro_batch_candidates(training.global_batch_size, num_processes)[0]
+    _, micro_batch_size, accumulation_steps = plan_batch(training, num_processes, largest)
+    return Split(micro_batch_size, accumulation_steps, num_processes)
+
+
+def smaller_splits(split: Split) -> list[Split]:
+    """The same window in ever smaller micro-batches, from this split on."""
+    share = split.micro_batch_size * split.gradient_accumulation_steps
+    sizes = micro_batch_candidates(share, 1)
+    return [Split(size, share // size, split.num_processes) for size in sizes if size <= split.micro_batch_size]
+
+
+def largest_split(accelerator: Accelerator, unet: UNet2DModel, split: Split) -> Split:
+    """The split of the largest micro-batch with which every process can go forward and backward, gradients and all.
+
+    Tried beside as much memory as AdamW will hold, on the bare network: neither weights nor other processes notice. On a
+    CPU, where memory that is promised too freely ends in a killed process, only sizes are tried that what is free allows
+    by measure.
+
+    Args:
+        unet: on its device, the moving average already beside it.
+        split: the largest to be tried.
+
+    Raises:
+        UserError: if not even single images fit.
+    """
+    candidates = smaller_splits(split)
+    if accelerator.device.type == "cpu":
+        room = psutil.virtual_memory().available / accelerator.num_processes - state_bytes(unet, averaged=False)
+        per_image = activation_bytes(unet)
+        candidates = [each for each in candidates if each.micro_batch_size * per_image < 0.8 * room] or candidates[-1:]
+    for candidate in candidates:
+        if all(gather_object([_fits(accelerator, unet, candidate.micro_batch_size)])):
+            return candidate
+    raise UserError(
+        f"training.micro_batch_size: auto: not even single images fit into the memory of {accelerator.device}; use a "
+        "smaller data.resolution, model.gradient_checkpointing, or mixed precision"
+    )
+
+
+def _fits(accelerator: Accelerator, unet: UNet2DModel, size: int) -> bool:
+    try:
+        moments = [torch.empty_like(parameter) for parameter in unet.parameters() for _ in range(2)]
+        for _ in range(2):  # the second pass finds the first one's gradients in memory
+            with accelerator.autocast():
+                loss = _forward(unet, size).square().mean()
+            loss.backward()
+        del moments, loss
+        return True
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        return False
+    finally:
+        unet.zero_grad(set_to_none=True)
+        clear_device_cache(garbage_collection=True)

@@ -1,0 +1,53 @@
+"""What the network is asked for, and how far off it is: targets, weights and the unreduced loss of each image."""
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+
+def target(
+    noise_scheduler: DDPMScheduler, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the network should predict, shape of `images` (b, C, H, W), by the noise scheduler's own prediction type."""
+    match noise_scheduler.config.prediction_type:
+        case "epsilon":
+            return noise
+        case "v_prediction":
+            return noise_scheduler.get_velocity(images, noise, timesteps)
+        case "sample":
+            return images
+        case other:
+            raise ValueError(f"prediction_type {other!r}: expected epsilon, v_prediction or sample")
+
+
+def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, snr_gamma: float) -> torch.Tensor:
+    """The min-SNR-gamma weight of each timestep, shape (b,).
+
+    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", section 3.4: the loss on the image
+    weighs min(SNR, gamma). The same loss on epsilon is that over SNR, and on v that over SNR + 1.
+    """
+    snr = compute_snr(noise_scheduler, timesteps)
+    match noise_scheduler.config.prediction_type:
+        case "epsilon":
+            return (snr_gamma / snr).clamp(max=1.0)  # min(snr, gamma) / snr, and 1 where the SNR is 0
+        case "v_prediction":
+            return snr.clamp(max=snr_gamma) / (snr + 1)
+        case _:
+            return snr.clamp(max=snr_gamma)
+
+
+def loss_per_image(
+    noise_scheduler: DDPMScheduler,
+    prediction: torch.Tensor,
+    images: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    snr_gamma: float | None,
+) -> torch.Tensor:
+    """Squared error of each image, mean over C, H and W, times its min-SNR weight where asked for; shape (b,).
+
+    The reduction over the batch is the caller's: only the window knows what an image weighs.
+    """
+    error = prediction - target(noise_scheduler, images, noise, timesteps)
+    losses = error.square().flatten(1).mean(1)
+    return losses if snr_gamma is None else losses * min_snr_weights(noise_scheduler, timesteps, snr_gamma)

@@ -1,0 +1,286 @@
+"""A run: what its parts share, and what happens between its updates."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+
+from finetune import checkpoint, model, pictures
+from finetune.capacity import smaller_splits
+from finetune.checkpoint import RunState
+from finetune.config import Config, UserError, to_yaml
+from finetune.evaluation import StopCheck, Validation, sample
+from finetune.launch import on_main_process
+from finetune.metrics import Meters, Stopwatch, Window, WindowResult, loss_by_timestep
+from finetune.randomness import timestep
+from finetune.report import Report, model_card, results, table
+from finetune.stopping import StopRequest
+from finetune.windows import WindowSampler, epoch_order, window_range, windows_per_epoch
+
+SKIP_LIMIT = 25  # updates in a row that may be left out; fp16 needs a dozen or so to find its first loss scale
+
+
+class Run:
+    """The state of a training run, and the events of its life: resume, finish_step, evaluate, save, finish."""
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        unet: UNet2DModel,
+        noise_scheduler: DDPMScheduler,
+        ema: EMAModel | None,
+        validation: Validation | None,
+        sampler: WindowSampler,
+        data_fingerprint: str,
+    ):
+        """Take hold of the output folder.
+
+        Args:
+            unet: the bare network, on its device; the prepared form of it goes through the loop.
+            sampler: knows the images of an epoch and how a window of them is split.
+            data_fingerprint: identity of the images' content, held-out ones included.
+
+        Raises:
+            UserError: if another run holds the folder, or it cannot be written.
+        """
+        self.config, self.accelerator, self.unet, self.noise_scheduler = config, accelerator, unet, noise_scheduler
+        self.ema, self.validation, self.sampler = ema, validation, sampler
+        self.output_dir, self.num_images = Path(config.output_dir), sampler.num_images
+        self.batch = sampler.split.global_batch_size
+        self.steps_per_epoch = windows_per_epoch(self.num_images, self.batch)
+        self.total_steps = config.training.max_train_steps or self.steps_per_epoch * config.training.num_epochs
+        self.identity = _identity(config, data_fingerprint, unet, noise_scheduler, self.batch)
+        self.state, self.meters, self.clock, self.stop = RunState(), Meters(), Stopwatch(), StopRequest()
+        self.saved_step = -1  # of the newest checkpoint
+        self.check_stop = StopCheck(accelerator, self.stop.requested)
+        self.lock = checkpoint.Lock(self.output_dir)
+        on_main_process(accelerator, self.lock.acquire)
+        checkpoint.share_weights_between_setups(accelerator)
+
+    @property
+    def done(self) -> bool:
+        return self.state.step >= self.total_steps
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The epoch, and the window in it, that come next."""
+        return divmod(self.state.step, self.steps_per_epoch)
+
+    @property
+    def positions(self) -> range:
+        """The next window's places in its epoch's order."""
+        return window_range(self.place[1], self.num_images, self.batch)
+
+    def resume(self) -> None:
+        """Go back to the newest whole checkpoint, if there is one, and open the report from there on."""
+        accelerator = self.accelerator
+        folder = on_main_process(
+            accelerator, lambda: checkpoint.find(self.output_dir, self.config.checkpoint.resume, accelerator.print)
+        )
+        if folder is not None:
+            self._restore(folder)
+        self.report = Report(accelerator, self.output_dir, to_yaml(self.config), self.saved_step, self.total_steps)
+        self.stop.install()
+
+    def _restore(self, folder: Path) -> None:
+        saved = checkpoint.read_run_state(folder)
+        if changed := checkpoint.differences(saved["identity"], self.identity):
+            raise UserError(
+                *(f"{folder} is of another run: {phrase}" for phrase in changed),
+                "give another output_dir to start a new run, or the values of before to go on with this one",
+            )
+        checkpoint.load(self.accelerator, folder)
+        self.state, self.meters = RunState(**saved["state"]), Meters.from_state(saved["meters"])
+        self.saved_step = self.state.step
+        if self.ema is not None:
+            averaged = checkpoint.load_tensors(folder, "ema")
+            self.ema.shadow_params = [averaged[name].to(weight.device) for name, weight in self.unet.named_parameters()]
+            self.ema.optimization_step = self.state.updates
+        self.accelerator.print(f"Going on from {folder}: step {self.state.step} of {self.total_steps}.")
+        for phrase in checkpoint.differences(saved["config"], self.config.model_dump(mode="json")):
+            self.accelerator.print(f"  {phrase}")
+
+    def split_further(self, error: RuntimeError, window: Window) -> None:
+        """Have the window done again in smaller micro-batches, if it was memory that ran out and nothing was updated.
+
+        Raises:
+            UserError: if the micro-batch was given, or there are processes that wait for this one's gradients.
+            RuntimeError: the error itself, if it is not about memory or the update had begun.
+        """
+        if not should_reduce_batch_size(error) or window.closed:
+            raise error
+        smaller, old = smaller_splits(self.sampler.split)[1:], self.sampler.split.micro_batch_size
+        if self.config.training.micro_batch_size != "auto" or self.accelerator.num_processes > 1 or not smaller:
+            raise UserError(
+                f"training.micro_batch_size: out of memory with {old} at step {self.state.step + 1}; set a smaller one "
+                "(the global batch can stay as it is), and the same command goes on from the last checkpoint",
+                exit_code=1,
+            ) from error
+        self.sampler.split = smaller[0]
+        self.accelerator.gradient_accumulation_steps, self.accelerator.step = smaller[0].gradient_accumulation_steps, 0
+        self.unet.zero_grad(set_to_none=True)
+        clear_device_cache(garbage_collection=True)
+        self.report.say(f"Out of memory with micro-batches of {old}: on with {smaller[0].micro_batch_size}.")
+
+    def refuse(self, result: WindowResult) -> None:
+        """A loss or gradient that is not finite, before it touches the weights: end the run, or leave the window out.
+
+        Under fp16 an overflowing gradient is the loss scaler's business: it lowers its scale and skips the update.
+        """
+        overflow = self.accelerator.scaler is not None and np.isfinite(result.losses).all()
+        tolerated = overflow or self.config.training.nonfinite_loss == "skip"
+        if tolerated and self.state.skipped_in_a_row < SKIP_LIMIT:
+            return
+        (epoch, _), positions = self.place, np.array(self.positions)
+        bad = positions[~np.isfinite(result.losses)] if not np.isfinite(result.losses).all() else positions
+        images = epoch_order(self.config.seed, epoch, self.num_images)[bad].tolist()
+        again = f", {self.state.skipped_in_a_row + 1} updates in a row" if tolerated else ""
+        raise UserError(
+            f"step {self.state.step + 1}: loss {result.losses.mean()}, gradient norm {result.grad_norm}{again}: not finite, "
+            f"before the update; images {images} at timesteps {self._timesteps(epoch, bad).tolist()}. The last checkpoint "
+            "is whole: lower optimizer.learning_rate, look at these images, or set training.nonfinite_loss=skip",
+            exit_code=1,
+        )
+
+    def _timesteps(self, epoch: int, positions: np.ndarray | range) -> np.ndarray:
+        steps, sampling = self.noise_scheduler.config.num_train_timesteps, self.config.training.timestep_sampling
+        return np.array([timestep(self.config.seed, epoch, int(place), steps, sampling) for place in positions])
+
+    def finish_step(self, result: WindowResult, learning_rate: float, applied: bool) -> None:
+        """Count a window that is done, applied or skipped, and log what it came to."""
+        (epoch, _), positions = self.place, self.positions
+        self.state.step += 1
+        self.state.skipped += not applied
+        self.state.skipped_in_a_row = 0 if applied else self.state.skipped_in_a_row + 1
+        seconds = self.clock.lap()
+        scalars = {"train/learning_rate": learning_rate, "train/images_per_second": len(positions) / seconds}
+        if result.finite:
+            timesteps = self._timesteps(epoch, positions)
+            steps = self.noise_scheduler.config.num_train_timesteps
+            scalars |= self.meters.add_window(result, timesteps, steps, self.sampler.split)
+        if self.state.skipped:
+            scalars["train/skipped_updates"] = self.state.skipped
+        if self.state.step % self.steps_per_epoch == 0 or self.done:
+            scalars["train/epoch_loss"] = self.meters.epoch.close()
+            self.report.say(f"epoch {epoch + 1}: average loss {scalars['train/epoch_loss']:.5f}")
+        if self.state.step % self.config.logging.every_steps == 0 or "train/epoch_loss" in scalars:
+            self.report.log(self.state.step, scalars)
+        self.report.advance(epoch, -(-self.total_steps // self.steps_per_epoch), scalars)
+
+    def _due(self, every_steps: int) -> bool:
+        return self.state.step % every_steps == 0 or self.done
+
+    def evaluate(self) -> None:
+        """Validation and samples, where this step calls for them and they were not yet made.
+
+        Raises:
+            Interrupted: on all processes, after any of them was told to stop. Resuming makes up for what is left out.
+        """
+        config, state = self.config, self.state
+        with self.clock.paused():
+            if (
+                self.validation is not None
+                and self._due(config.validation.every_steps)
+                and state.validated != state.step
+            ):
+                self._validate()
+            if config.samples.count and self._due(config.samples.every_steps) and state.sampled != state.step:
+                self._sample()
+
+    def _validate(self) -> None:
+        losses = self.validation.losses(self.unet, self.accelerator, self.check_stop)
+        scalars = {"validation/loss": losses.mean()}
+        if self.ema is not None:
+            with model.averaged_weights(self.unet, self.ema):
+                averaged = self.validation.losses(self.unet, self.accelerator, self.check_stop)
+            scalars["validation/loss_ema"] = averaged.mean()
+        steps = self.noise_scheduler.config.num_train_timesteps
+        for name, loss in loss_by_timestep(losses, self.validation.timesteps, steps).items():
+            scalars[f"validation/loss_by_timestep/{name}"] = loss
+        self.report.log(self.state.step, {name: float(value) for name, value in scalars.items()})
+        self.state.validated = self.state.step
+
+    def _sample(self) -> None:
+        options = self.config.samples
+        with model.averaged_weights(self.unet, self.ema):
+            images = sample(
+                self.unet, self.noise_scheduler, self.accelerator, self.check_stop,
+                self.config.seed, options.count, options.inference_steps,
+            )  # fmt: skip
+        self.report.picture("samples", self.state.step, pictures.tiled(images), self.samples_file)
+        self.state.sampled = self.state.step
+
+    @property
+    def samples_file(self) -> Path:
+        return self.output_dir / "samples" / f"step-{self.state.step}.png"
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless there is one."""
+        if self.saved_step == self.state.step:
+            return
+        epoch, window = self.place
+        run_state = {
+            "epoch": epoch,
+            "window": window,
+            "state": asdict(self.state),
+            "meters": asdict(self.meters),
+            "identity": self.identity,
+            "config": self.config.model_dump(mode="json"),
+        }
+        tensors = {}
+        if self.ema is not None:
+            names = (name for name, _ in self.unet.named_parameters())
+            tensors["ema"] = dict(zip(names, self.ema.shadow_params, strict=True))
+        with self.clock.paused():
+            checkpoint.save(
+                self.accelerator, self.output_dir, self.state.step, run_state, tensors, self.config.checkpoint.keep
+            )
+        self.saved_step = self.state.step
+
+    def interrupt(self) -> None:
+        """End here, to go on later: a checkpoint, and one line that says so."""
+        self.save()
+        self.report.close()
+        where = f"step {self.state.step} of {self.total_steps}"
+        self.accelerator.print(f"Stopped after {where}; all is saved, and the same command goes on from there.")
+
+    def finish(self) -> None:
+        """The last checkpoint, the curve, the pipeline, and what the run came to."""
+        self.save()
+        if self.accelerator.is_main_process:
+            history = self.report.history.read()
+            rows = results(history, self.total_steps, self.batch)
+            pictures.loss_curve(history, self.output_dir / "loss_curve.png")
+            shown = [self.samples_file] if self.samples_file.exists() else []
+            card = model_card(self.config, rows, shown[0].name if shown else None)
+            with model.averaged_weights(self.unet, self.ema):
+                model.save_pipeline(self.unet, self.noise_scheduler, self.output_dir / "pipeline", card, shown)
+            self.report.close()
+            rows |= {name: str(self.output_dir / name) for name in ("pipeline", "samples", "loss_curve.png")}
+            rows |= {"curves": f"tensorboard --logdir {self.output_dir}"}
+            rows |= {"to go on": f"the same command with a training.max_train_steps above {self.total_steps}"}
+            print(table(f"Finished: {self.output_dir}", rows))
+        self.accelerator.wait_for_everyone()
+
+
+def _identity(
+    config: Config, data_fingerprint: str, unet: UNet2DModel, noise_scheduler: DDPMScheduler, global_batch_size: int
+) -> dict:
+    """What makes a run this run and no other, as it comes back from JSON."""
+
+    def own(component: UNet2DModel | DDPMScheduler) -> dict:
+        return {key: value for key, value in component.config.items() if not key.startswith("_")}
+
+    options = {"data": {"crop", "random_flip"}, "training": {"timestep_sampling", "snr_gamma"}, "model": {"pretrained"}}
+    identity = config.model_dump(mode="json", include={"seed": True, **options})
+    identity["training"]["global_batch_size"] = global_batch_size
+    identity["data"]["fingerprint"] = data_fingerprint
+    identity |= {"unet": own(unet), "noise_scheduler": own(noise_scheduler)}
+    return json.loads(json.dumps(identity))

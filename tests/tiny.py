@@ -1,0 +1,114 @@
+"""Runs that take a second: pictures of eight pixels a side and a network of some six thousand weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+def write_pictures(folder: Path, count: int, size: tuple[int, int] = (8, 8)) -> Path:
+    """Grey PNGs, each of one random gradient, so that no two are alike."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        across, down = rng.uniform(-1, 1, 2)
+        x, y = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
+        pixels = 127.5 + 120 * (across * x + down * y) / 2
+        Image.fromarray(pixels.round().astype(np.uint8)).save(folder / f"{index:04}.png")
+    return folder
+
+
+def tiny_config(pictures: Path, output_dir: Path, **changes: Any) -> dict:
+    """A run config as a mapping; `changes` are keys with `__` for the dot: `training__num_epochs=3`."""
+    config = {
+        "output_dir": str(output_dir),
+        "seed": 3,
+        "model": {"unet": UNET, "noise_scheduler": {"num_train_timesteps": 100}},
+        "data": {"source": str(pictures), "num_workers": 0, "validation_fraction": 0.0},
+        "training": {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "num_epochs": 2},
+        "optimizer": {"learning_rate": 1e-3},
+        "checkpoint": {"every_steps": 1000},
+        "validation": {"every_steps": 1000, "images": 4},
+        "samples": {"count": 0, "inference_steps": 2},
+        "logging": {"tracker": None},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            config.setdefault(section, {})[name] = value
+        else:
+            config[section] = value
+    return config
+
+
+def write_config(file: Path, config: dict) -> Path:
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return file
+
+
+def forget_processes() -> None:
+    """Accelerate keeps its state for the life of a process; the next run in this one starts without."""
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def run_here(config: dict, file: Path, *overrides: str, check: bool = False) -> int:
+    """train.main in this process; returns its exit code."""
+    import train
+    from finetune.config import load_config
+
+    forget_processes()
+    try:
+        return train.main(load_config(write_config(file, config), overrides), check)
+    finally:
+        forget_processes()
+
+
+def launch(
+    file: Path, *arguments: str, processes: int = 1, script: str = "train.py", **environment: str
+) -> subprocess.CompletedProcess:
+    """`accelerate launch` of the real script, with real processes, on the CPU; output as text."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_machines",
+        "1",
+        "--num_processes",
+        str(processes),
+    ]
+    command += ["--multi_gpu"] if processes > 1 else ["--quiet"]
+    command += [str(ROOT / script), "--config", str(file), *arguments]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def weights(output_dir: Path, step: int, part: str = "model") -> dict[str, Tensor]:
+    """Weights of a checkpoint: `model`, or `ema`."""
+    return load_file(output_dir / f"checkpoint-{step}" / f"{part}.safetensors")
+
+
+def history(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
