@@ -11,19 +11,18 @@ import argparse
 import sys
 
 import torch
-from accelerate import PartialState
 
 from finetune import model
 from finetune.capacity import first_split, largest_split, memory_plan
 from finetune.config import Config, UserError, load_config
 from finetune.data import Batches, load_images, make_loader, split_images
 from finetune.evaluation import Interrupted, Validation
-from finetune.launch import make_accelerator
+from finetune.launch import count_processes, make_accelerator
 from finetune.metrics import Window
 from finetune.objective import loss_per_image
 from finetune.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
-from finetune.report import plan
 from finetune.run import Run
+from finetune.summary import plan
 from finetune.windows import WindowSampler
 
 
@@ -32,7 +31,7 @@ def main(config: Config, check: bool = False) -> int:
     training = config.training
 
     # The network, and how a window is split over processes, accumulation steps and micro-batches.
-    split = first_split(training, PartialState().num_processes)
+    split = first_split(training, count_processes())
     accelerator = make_accelerator(config.output_dir, config.logging.tracker, split.gradient_accumulation_steps)
     unet, noise_scheduler = model.load_model(config.model, config.data.resolution, config.seed)
     ema = model.make_ema(unet.to(accelerator.device), config.ema)
@@ -77,6 +76,7 @@ def main(config: Config, check: bool = False) -> int:
             window = Window(sampler.split)
             try:
                 for batch in loader:
+                    run.clock.tick("data")
                     with accelerator.accumulate(denoiser):
                         clean, conditioning = model.noised_and_conditioning(batch)
                         noise, timesteps = batch["noise"], batch["timesteps"]
@@ -87,6 +87,7 @@ def main(config: Config, check: bool = False) -> int:
                         )
                         accelerator.backward((batch["weights"] * losses).sum())
                         window.add(losses, denoiser.parameters())
+                        run.clock.tick("compute")
                         if accelerator.sync_gradients:
                             max_norm = training.max_grad_norm or torch.inf
                             grad_norm = accelerator.clip_grad_norm_(denoiser.parameters(), max_norm)
@@ -117,7 +118,7 @@ def main(config: Config, check: bool = False) -> int:
                     window = Window(sampler.split)
             except RuntimeError as error:
                 losses = prediction = None  # their graph holds the memory that was asked for
-                run.split_further(error, window)  # and the same window again, unless it was something else
+                run.recover(error, window)  # and the same window again, if that is possible
     except Interrupted:
         run.interrupt()
         return run.stop.exit_code

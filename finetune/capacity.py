@@ -46,8 +46,8 @@ def memory_plan(unet: UNet2DModel, micro_batch_size: int, averaged: bool) -> str
     """What training will hold in memory, for a person to compare with what there is."""
     state, image = state_bytes(unet, averaged) / 1e6, activation_bytes(unet) / 1e6
     return (
-        f"Memory: {state:.0f} MB of weights, gradients, optimizer and average, and {image:.1f} MB of activations an image: "
-        f"about {state + micro_batch_size * image:.0f} MB on each process with micro-batches of {micro_batch_size}"
+        f"Memory: {state:.0f} MB of weights, gradients, optimizer and average, and {image:.1f} MB of activations an "
+        f"image: about {state + micro_batch_size * image:.0f} MB a process with micro-batches of {micro_batch_size}"
     )
 
 
@@ -70,9 +70,9 @@ def smaller_splits(split: Split) -> list[Split]:
 def largest_split(accelerator: Accelerator, unet: UNet2DModel, split: Split) -> Split:
     """The split of the largest micro-batch with which every process can go forward and backward, gradients and all.
 
-    Tried beside as much memory as AdamW will hold, on the bare network: neither weights nor other processes notice. On a
-    CPU, where memory that is promised too freely ends in a killed process, only sizes are tried that what is free allows
-    by measure.
+    Tried beside as much memory as AdamW will hold, on the bare network: neither weights nor other processes notice. On
+    a CPU, where memory that is promised too freely ends in a killed process, only sizes are tried that what is free
+    allows by measure.
 
     Args:
         unet: on its device, the moving average already beside it.

@@ -37,6 +37,7 @@ class RunState:
     skipped_in_a_row: int = 0
     validated: int = -1  # the step of the last complete validation
     sampled: int = -1  # the step of the last complete sample grid
+    seconds: float = 0.0  # of training, over all starts
 
     @property
     def updates(self) -> int:
@@ -211,8 +212,8 @@ def find(output_dir: Path, resume: str, warn: Callable[[str], None]) -> Path | N
         warn(f"{folder} is passed over: {reason}")
     if existing:
         raise UserError(
-            f"checkpoint.resume: auto, but none of the {len(existing)} checkpoints in {output_dir} is whole (see above); "
-            "restore one, or delete them to start again"
+            f"checkpoint.resume: auto, but none of the {len(existing)} checkpoints in {output_dir} is whole (see "
+            "above); restore one, or delete them to start again"
         )
     return None
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 from pydantic.fields import FieldInfo
 
 COMMAND_LINE = "command line"
+TAG = "tag:yaml.org,2002:"  # of YAML's own types
 
 
 class UserError(Exception):
@@ -384,7 +385,7 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
+            if key.tag != f"{TAG}str":
                 self.refuse("found a key that is no name; expected names", key)
             if key.value in seen:
                 self.refuse(f"found the key {_short(key.value)} again; expected it once", key)
@@ -398,7 +399,12 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that `_Loader`, or another reader of YAML, would take for something else."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = None if text.isprintable() else '"'  # in any other, U+0085 would come back as a line feed
+        return self.represent_scalar(f"{TAG}str", text, style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
@@ -406,7 +412,7 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|\.(inf|nan))", [*"-+.0123456789"]),
 ):
     for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
+        _class.add_implicit_resolver(f"{TAG}{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 def _explain(error: Any, values: Any) -> list[tuple[tuple[str, ...], str]]:

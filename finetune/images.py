@@ -68,10 +68,11 @@ def _decode(source: bytes | str, channels: int, resolution: int, crop: str, back
         width, height = image.size
         if min(width, height) < 2:
             raise BadImageError(f"is {width} x {height} pixels, expected at least 2 a side")
-        image.draft("RGB", (resolution, resolution))  # JPEG decodes at 1/2, 1/4 or 1/8, never below what is asked
+        # JPEG decodes at 1/2, 1/4 or 1/8, never below what is asked. Its sides are then no whole numbers of pixels.
+        reduced = image.draft("RGB", (resolution, resolution))
         image.load()
         orientation = _orientation(image)  # after load: TIFF turns itself upright there
-        image = _resized(_plain(image), resolution, crop)
+        image = _resized(_plain(image), reduced[1][2:] if reduced else image.size, resolution, crop)
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
     if image.mode == "RGBA" and channels != 4:
@@ -114,17 +115,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey.convert("RGBA")
 
 
-def _resized(image: Image.Image, resolution: int, crop: str) -> Image.Image:
+def _resized(image: Image.Image, sides: tuple[float, float], resolution: int, crop: str) -> Image.Image:
     """Shorter side = resolution. A gap of 3 reduces large pictures by whole pixels first: faster, same to the eye."""
-    (width, height), side = image.size, min(image.size)
+    (width, height), side = sides, min(sides)
     if crop == "center":
         left, top = (width - side) / 2, (height - side) / 2
         size, box = (resolution, resolution), (left, top, left + side, top + side)
     else:
-        size, box = tuple(max(resolution, round(length * resolution / side)) for length in image.size), None
+        size, box = tuple(max(resolution, round(length * resolution / side)) for length in sides), (0, 0, *sides)
         if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
             raise BadImageError(
-                f"is {width} x {height} pixels: too long and narrow to be resized to {size[0]} x {size[1]}"
+                f"is {width:g} x {height:g} pixels: too long and narrow to become {size[0]} x {size[1]}"
             )
     return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
 

@@ -4,19 +4,26 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
+    parse_flag_from_env,
 )
 
 from finetune.config import UserError
 
 Answer = TypeVar("Answer")
 _ACCUMULATION_VARIABLE = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+
+
+def count_processes() -> int:
+    """Processes of this launch, before there is an Accelerator. Of itself PartialState does not look whether the launch
+    is for the CPU, and would then take each of several processes for the only one."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
 
 
 def make_accelerator(output_dir: str, tracker: str | None, gradient_accumulation_steps: int) -> Accelerator:
@@ -32,16 +39,21 @@ def make_accelerator(output_dir: str, tracker: str | None, gradient_accumulation
             f"{gradient_accumulation_steps}; it would override the config silently: unset it, or make them agree"
         )
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             gradient_accumulation_steps=gradient_accumulation_steps,
             log_with=tracker,
             project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            # Gradients live in the buckets that are reduced (one copy less); group norm has no buffers to broadcast.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+            # Gradients live in the buckets that are reduced: one copy of them less.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except (ValueError, ImportError, RuntimeError) as error:  # fp16 without a GPU, a tracker that is not installed
         raise UserError(f"launch: Accelerate cannot set up what was asked for: {str(error).splitlines()[0]}") from error
+    if tracker is not None and not accelerator.log_with:  # which Accelerate would pass over
+        raise UserError(
+            f"logging.tracker: {tracker} is not installed here; pip install {tracker}, or set tensorboard or null"
+        )
+    return accelerator
 
 
 def on_main_process(accelerator: Accelerator, ask: Callable[[], Answer]) -> Answer | None:

@@ -1,8 +1,7 @@
 """What a window and an epoch add up to: losses, the gradient noise scale, throughput."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -92,8 +91,20 @@ class GradientNoiseScale:
 
     @property
     def value(self) -> float | None:
-        """In images; None while the mean of |G|^2 is not yet above zero."""
-        return self.variance / self.squared_gradient if self.squared_gradient > 0 else None
+        """In images; None while either mean is not yet above zero."""
+        known = self.squared_gradient > 0 and self.variance > 0
+        return self.variance / self.squared_gradient if known else None
+
+    def advice(self, split: Split) -> str | None:
+        """One sentence: the batch used, the batch at which returns diminish, and the setting that comes near it."""
+        if self.value is None:
+            return None
+        steps = max(round(self.value / (split.micro_batch_size * split.num_processes)), 1)
+        return (
+            f"batches of {split.global_batch_size} images were used, and returns diminish from about {self.value:.0f} "
+            f"on: training.gradient_accumulation_steps={steps} with micro-batches of {split.micro_batch_size} on "
+            f"{split.num_processes} process(es) comes near it"
+        )
 
 
 @dataclass
@@ -190,23 +201,23 @@ def loss_by_timestep(losses: np.ndarray, timesteps: np.ndarray, num_train_timest
 
 
 class Stopwatch:
-    """Seconds of training alone: what stands between updates (validation, samples, saving) is paused."""
+    """Where the seconds of training go. What stands between updates (validation, samples, saving) is not counted."""
 
     def __init__(self):
-        self.seconds = 0.0
-        self._since = self._lap = time.perf_counter()
-        self._paused = 0.0
+        self.phases: dict[str, float] = {}
+        self._last = time.perf_counter()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    def lap(self) -> float:
-        """Training seconds since the last lap."""
+    def tick(self, phase: str) -> None:
+        """The time since the last tick was spent on this phase."""
         now = time.perf_counter()
-        elapsed = max(now - self._lap - self._paused, 1e-9)
-        self._lap, self._paused = now, 0.0
-        self.seconds += elapsed
-        return elapsed
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def skip(self) -> None:
+        """The time since the last tick was no training."""
+        self._last = time.perf_counter()
+
+    def lap(self) -> dict[str, float]:
+        """Seconds of each phase since the last lap."""
+        phases, self.phases = self.phases, {}
+        return phases

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo, upload_folder
 
 from finetune.config import EMAConfig, ModelConfig, UserError
 
@@ -219,6 +220,24 @@ def save_pipeline(
     (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload an exported pipeline to a hub repository, made where there is none yet; returns its address.
+
+    Raises:
+        UserError: if the hub does not take it; the folder stays, and a later start tries again.
+    """
+    try:
+        create_repo(repository, exist_ok=True)
+        upload_folder(repo_id=repository, folder_path=folder, commit_message="Fine-tuned pipeline")
+    except Exception as error:  # the hub's client has a dozen, from no login to no route to the host
+        raise UserError(
+            f"export.push_to_hub: {repository}: the hub did not take {folder} ({_first_line(error)}); log in with "
+            "`hf auth login`, or set HF_TOKEN, and run the same command again",
+            exit_code=1,
+        ) from error
+    return f"https://huggingface.co/{repository}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,8 +27,8 @@ def noise(seed: int, epoch: int, position: int, shape: tuple[int, ...], purpose:
 def timestep(seed: int, epoch: int, position: int, num_train_timesteps: int, sampling: str) -> int:
     """The timestep of one image, uniform over 0 .. T-1.
 
-    `uniform` draws each independently. `stratified` walks the range in golden-ratio steps from an offset u(seed, epoch):
-    t = floor(T * frac(u + position * 0.6180339887)). Each timestep is as likely as any other, and any run of
+    `uniform` draws each independently. `stratified` walks the range in golden-ratio steps from an offset u(seed,
+    epoch): t = floor(T * frac(u + position * 0.6180339887)). Each timestep is as likely as any other, and any run of
     consecutive positions covers the range evenly.
     """
     if sampling == "stratified":

@@ -1,4 +1,4 @@
-"""What a person sees of a run: console, trackers, `metrics.jsonl`, and the model card."""
+"""What a person watches while a run goes on: console, trackers, and `metrics.jsonl`."""
 
 import json
 import math
@@ -8,14 +8,20 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DModel
-from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from finetune.config import Config, to_yaml
 from finetune.pictures import save_png
-from finetune.windows import Split, windows_per_epoch
+
+LAYOUT = {  # TensorBoard's custom scalars: what belongs together in one chart
+    "Loss": {
+        "training and validation": ["Multiline", ["train/loss_smoothed", "train/epoch_loss", "validation/loss.*"]],
+        "training by timestep": ["Multiline", ["train/loss_by_timestep/.*"]],
+        "validation by timestep": ["Multiline", ["validation/loss_by_timestep/.*"]],
+    },
+    "Batch": {"gradient noise scale": ["Multiline", ["train/gradient_noise_scale"]]},
+}
 
 
 class History:
@@ -53,13 +59,16 @@ class Report:
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, config_yaml: str, step: int, total_steps: int):
         """Go on after `step`; -1 starts anew."""
-        self.accelerator, self.output_dir, self.shown = accelerator, output_dir, accelerator.is_main_process
+        self.accelerator, self.shown = accelerator, accelerator.is_main_process
         self.history = History(output_dir / "metrics.jsonl", step) if self.shown else None
         # A start opens an event file of its own; what earlier ones hold from this step on is purged, not doubled.
-        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
-        self.tensorboard = next((t.writer for t in accelerator.trackers if t.name == "tensorboard"), None)
-        if self.tensorboard is not None and self.shown:
-            self.tensorboard.add_text("config", f"```yaml\n{config_yaml}```", max(step, 0))
+        name = "tensorboard" if "tensorboard" in map(str, accelerator.log_with) else output_dir.name
+        accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        boards = [tracker.writer for tracker in accelerator.trackers if tracker.name == "tensorboard" and self.shown]
+        self.board = boards[0] if boards else None
+        if self.board is not None and step < 0:
+            self.board.add_custom_scalars(LAYOUT)
+            self.board.add_text("config", f"```yaml\n{config_yaml}```", 0)
         self.bar = tqdm(
             total=total_steps,
             initial=max(step, 0),
@@ -69,11 +78,10 @@ class Report:
             dynamic_ncols=True,
         )
 
-    def say(self, *lines: str) -> None:
-        """Lines on the main process's console, above the progress bar."""
+    def say(self, text: str) -> None:
+        """On the main process's console, above the progress bar."""
         if self.shown:
-            for line in lines:
-                self.bar.write(line, file=sys.stdout)
+            self.bar.write(text, file=sys.stdout)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Scalars of one step, to the trackers and the history."""
@@ -92,95 +100,20 @@ class Report:
         """A picture, as a file and in TensorBoard."""
         if self.shown:
             save_png(picture, file)
-            if self.tensorboard is not None:
+            if self.board is not None:
                 pixels = np.asarray(picture)
-                self.tensorboard.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+                self.board.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+
+    def hyperparameters(self, values: dict[str, bool | int | float | str], metrics: dict[str, float]) -> None:
+        """For TensorBoard's HPARAMS tab: a run's settings beside the last values of curves that it logged.
+
+        Written into the run itself; `add_hparams` would make a run of its own of it.
+        """
+        if self.board is not None:
+            for summary in hparams(values, metrics):
+                self.board.file_writer.add_summary(summary)
 
     def close(self) -> None:
+        """The last line of every file is on disk afterwards. Called by all processes."""
         self.bar.close()
         self.accelerator.end_training()
-
-
-def table(title: str, rows: dict[str, str]) -> str:
-    """Two columns for the console."""
-    width = max(map(len, rows))
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
-
-
-def plan(
-    config: Config,
-    accelerator: Accelerator,
-    split: Split,
-    unet: UNet2DModel,
-    noise_scheduler: DDPMScheduler,
-    num_images: int,
-    num_held_out: int,
-) -> str:
-    """What is about to be trained, and how, before it starts."""
-    batch, training = split.global_batch_size, config.training
-    steps_per_epoch = windows_per_epoch(num_images, batch)
-    total_steps = training.max_train_steps or steps_per_epoch * training.num_epochs
-    channels, size = unet.config.in_channels, unet.config.sample_size
-    last = num_images - (steps_per_epoch - 1) * batch
-    precision = {"no": "float32"}.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} mixed precision")
-    return table(
-        "Plan",
-        {
-            "device": f"{accelerator.device.type}, {split.num_processes} process(es), {precision}",
-            "model": f"{config.model.pretrained or 'from scratch'}: {unet.num_parameters() / 1e6:.2f} M parameters, "
-            f"{noise_scheduler.config.prediction_type} prediction",
-            "images": f"{num_images} to train on, {num_held_out} held out; {size} x {size}, {channels} channel(s)",
-            "batch": f"{batch} = {split.micro_batch_size} per micro-batch x {split.gradient_accumulation_steps} "
-            f"accumulation steps x {split.num_processes} process(es)",
-            "length": f"{total_steps} updates, {steps_per_epoch} an epoch ({total_steps / steps_per_epoch:.4g} epochs; "
-            f"an epoch's last update has {last} of {batch} images)",
-            "learning rate": f"{config.optimizer.learning_rate:g}, {config.lr_scheduler.name}, "
-            f"{config.lr_scheduler.warmup_steps} updates of warm-up",
-            "output": config.output_dir,
-        },
-    )
-
-
-def results(history: list[dict], total_steps: int, batch: int) -> dict[str, str]:
-    """What the run came to, by name, for the console and the model card."""
-
-    def curve(name: str) -> list[tuple[int, float]]:
-        return [(line["step"], line[name]) for line in history if name in line]
-
-    rows = {"updates": f"{total_steps} of {batch} images"}
-    for title, name in {"last epoch": "train/epoch_loss", "smoothed": "train/loss_smoothed"}.items():
-        if points := curve(name):
-            rows[f"training loss, {title}"] = f"{points[-1][1]:.5f}"
-    exported = curve("validation/loss_ema") or curve("validation/loss")
-    if exported:
-        step, best = min(exported, key=lambda point: point[1])
-        rows["validation loss"] = f"{exported[-1][1]:.5f}, from {exported[0][1]:.5f}; best {best:.5f} at step {step}"
-    return rows
-
-
-def model_card(config: Config, rows: dict[str, str], picture: str | None) -> str:
-    """The exported pipeline's README: what it was made from, how, what came out, how to use it."""
-    base, source = config.model.pretrained, config.data.source
-    is_hub_id = base is not None and not os.path.isdir(base)
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["diffusers", "unconditional-image-generation"],
-        base_model=base if is_hub_id else None,
-    )
-    origin = f"Fine-tuned from `{base}`" if base else "Trained from scratch"
-    parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {Path(config.output_dir).name}",
-        f"{origin} on the images of `{source}`. Holds the {'averaged (EMA)' if config.ema.enabled else 'last'} weights.",
-        f"![samples]({picture})" if picture else "",
-        "## Use",
-        "```python\nfrom diffusers import DDIMPipeline\n\n"
-        'pipeline = DDIMPipeline.from_pretrained("PATH_OR_REPOSITORY")\n'
-        f"images = pipeline(batch_size=4, num_inference_steps={config.samples.inference_steps}).images\n```",
-        "## Result",
-        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        "## Recipe",
-        f"```yaml\n{to_yaml(config)}```",
-    ]
-    return str(ModelCard("\n\n".join(part for part in parts if part) + "\n"))

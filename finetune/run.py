@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
@@ -15,12 +14,14 @@ from finetune import checkpoint, model, pictures
 from finetune.capacity import smaller_splits
 from finetune.checkpoint import RunState
 from finetune.config import Config, UserError, to_yaml
+from finetune.data import loader_problem
 from finetune.evaluation import StopCheck, Validation, sample
 from finetune.launch import on_main_process
 from finetune.metrics import Meters, Stopwatch, Window, WindowResult, loss_by_timestep
 from finetune.randomness import timestep
-from finetune.report import Report, model_card, results, table
+from finetune.report import Report
 from finetune.stopping import StopRequest
+from finetune.summary import curve, model_card, results, table
 from finetune.windows import WindowSampler, epoch_order, window_range, windows_per_epoch
 
 SKIP_LIMIT = 25  # updates in a row that may be left out; fp16 needs a dozen or so to find its first loss scale
@@ -107,13 +108,16 @@ class Run:
         for phrase in checkpoint.differences(saved["config"], self.config.model_dump(mode="json")):
             self.accelerator.print(f"  {phrase}")
 
-    def split_further(self, error: RuntimeError, window: Window) -> None:
+    def recover(self, error: RuntimeError, window: Window) -> None:
         """Have the window done again in smaller micro-batches, if it was memory that ran out and nothing was updated.
 
         Raises:
-            UserError: if the micro-batch was given, or there are processes that wait for this one's gradients.
-            RuntimeError: the error itself, if it is not about memory or the update had begun.
+            UserError: if the micro-batch was given, or there are processes that wait for this one's gradients, or a
+                data worker died.
+            RuntimeError: the error itself, if it is about something else or the update had begun.
         """
+        if problem := loader_problem(error):
+            raise problem from error
         if not should_reduce_batch_size(error) or window.closed:
             raise error
         smaller, old = smaller_splits(self.sampler.split)[1:], self.sampler.split.micro_batch_size
@@ -143,9 +147,10 @@ class Run:
         images = epoch_order(self.config.seed, epoch, self.num_images)[bad].tolist()
         again = f", {self.state.skipped_in_a_row + 1} updates in a row" if tolerated else ""
         raise UserError(
-            f"step {self.state.step + 1}: loss {result.losses.mean()}, gradient norm {result.grad_norm}{again}: not finite, "
-            f"before the update; images {images} at timesteps {self._timesteps(epoch, bad).tolist()}. The last checkpoint "
-            "is whole: lower optimizer.learning_rate, look at these images, or set training.nonfinite_loss=skip",
+            f"step {self.state.step + 1}: found loss {result.losses.mean()}, gradient norm {result.grad_norm}{again}, "
+            f"expected finite ones; images {images} at timesteps {self._timesteps(epoch, bad).tolist()}. Nothing was "
+            "updated and the last checkpoint is whole: lower optimizer.learning_rate, look at these images, or set "
+            "training.nonfinite_loss=skip",
             exit_code=1,
         )
 
@@ -159,8 +164,12 @@ class Run:
         self.state.step += 1
         self.state.skipped += not applied
         self.state.skipped_in_a_row = 0 if applied else self.state.skipped_in_a_row + 1
-        seconds = self.clock.lap()
+        self.clock.tick("update")
+        phases = self.clock.lap()
+        seconds = sum(phases.values())
+        self.state.seconds += seconds
         scalars = {"train/learning_rate": learning_rate, "train/images_per_second": len(positions) / seconds}
+        scalars |= {f"time/{phase}": spent for phase, spent in phases.items()}
         if result.finite:
             timesteps = self._timesteps(epoch, positions)
             steps = self.noise_scheduler.config.num_train_timesteps
@@ -173,6 +182,7 @@ class Run:
         if self.state.step % self.config.logging.every_steps == 0 or "train/epoch_loss" in scalars:
             self.report.log(self.state.step, scalars)
         self.report.advance(epoch, -(-self.total_steps // self.steps_per_epoch), scalars)
+        self.clock.tick("logging")
 
     def _due(self, every_steps: int) -> bool:
         return self.state.step % every_steps == 0 or self.done
@@ -184,15 +194,11 @@ class Run:
             Interrupted: on all processes, after any of them was told to stop. Resuming makes up for what is left out.
         """
         config, state = self.config, self.state
-        with self.clock.paused():
-            if (
-                self.validation is not None
-                and self._due(config.validation.every_steps)
-                and state.validated != state.step
-            ):
-                self._validate()
-            if config.samples.count and self._due(config.samples.every_steps) and state.sampled != state.step:
-                self._sample()
+        if self.validation and self._due(config.validation.every_steps) and state.validated != state.step:
+            self._validate()
+        if config.samples.count and self._due(config.samples.every_steps) and state.sampled != state.step:
+            self._sample()
+        self.clock.skip()
 
     def _validate(self) -> None:
         losses = self.validation.losses(self.unet, self.accelerator, self.check_stop)
@@ -238,36 +244,59 @@ class Run:
         if self.ema is not None:
             names = (name for name, _ in self.unet.named_parameters())
             tensors["ema"] = dict(zip(names, self.ema.shadow_params, strict=True))
-        with self.clock.paused():
-            checkpoint.save(
-                self.accelerator, self.output_dir, self.state.step, run_state, tensors, self.config.checkpoint.keep
-            )
+        checkpoint.save(
+            self.accelerator, self.output_dir, self.state.step, run_state, tensors, self.config.checkpoint.keep
+        )
         self.saved_step = self.state.step
+        self.clock.skip()
 
     def interrupt(self) -> None:
         """End here, to go on later: a checkpoint, and one line that says so."""
         self.save()
-        self.report.close()
         where = f"step {self.state.step} of {self.total_steps}"
-        self.accelerator.print(f"Stopped after {where}; all is saved, and the same command goes on from there.")
+        self.report.say(f"Stopped after {where}; all is saved, and the same command goes on from there.")
+        self.report.close()
 
     def finish(self) -> None:
         """The last checkpoint, the curve, the pipeline, and what the run came to."""
         self.save()
         if self.accelerator.is_main_process:
-            history = self.report.history.read()
-            rows = results(history, self.total_steps, self.batch)
+            history, folder = self.report.history.read(), self.output_dir / "pipeline"
+            epochs, windows = divmod(self.total_steps, self.steps_per_epoch)
+            images = epochs * self.num_images + windows * self.batch
+            rows = results(history, self.state.updates, images, self.state.seconds)
             pictures.loss_curve(history, self.output_dir / "loss_curve.png")
             shown = [self.samples_file] if self.samples_file.exists() else []
             card = model_card(self.config, rows, shown[0].name if shown else None)
             with model.averaged_weights(self.unet, self.ema):
-                model.save_pipeline(self.unet, self.noise_scheduler, self.output_dir / "pipeline", card, shown)
-            self.report.close()
+                model.save_pipeline(self.unet, self.noise_scheduler, folder, card, shown)
+            if self.config.export.push_to_hub is not None:
+                rows["uploaded to"] = model.push(folder, self.config.export.push_to_hub)
+            self._report_hyperparameters(history)
             rows |= {name: str(self.output_dir / name) for name in ("pipeline", "samples", "loss_curve.png")}
             rows |= {"curves": f"tensorboard --logdir {self.output_dir}"}
             rows |= {"to go on": f"the same command with a training.max_train_steps above {self.total_steps}"}
-            print(table(f"Finished: {self.output_dir}", rows))
+            self.report.say(table(f"Finished: {self.output_dir}", rows))
+            if advice := self.meters.noise_scale.advice(self.sampler.split):
+                self.report.say(f"Gradient noise scale: {advice}.")
         self.accelerator.wait_for_everyone()
+        self.report.close()
+
+    def _report_hyperparameters(self, history: list[dict]) -> None:
+        optimizer, training = self.config.optimizer, self.config.training
+        settings = {
+            "global_batch_size": self.batch,
+            "learning_rate": optimizer.learning_rate,
+            "lr_scheduler": self.config.lr_scheduler.name,
+            "updates": self.state.updates,
+            "snr_gamma": training.snr_gamma or 0.0,
+            "timestep_sampling": training.timestep_sampling,
+            "seed": self.config.seed,
+        }
+        names = ("train/epoch_loss", "train/loss_smoothed", "validation/loss", "validation/loss_ema")
+        self.report.hyperparameters(
+            settings, {name: points[-1][1] for name in names if (points := curve(history, name))}
+        )
 
 
 def _identity(

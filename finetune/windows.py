@@ -1,7 +1,7 @@
 """Which image goes where: epoch order, accumulation windows, and the weight of every slot.
 
 The run is a sequence of windows, each the images of one update. How a window is split over processes and
-micro-batches is a matter of hardware; what is in it is not. Everything here is a pure function of (seed, epoch, window).
+micro-batches is a matter of hardware; what is in it is not. All here is a pure function of (seed, epoch, window).
 """
 
 from collections.abc import Iterator

@@ -87,9 +87,9 @@ def run_here(config: dict, file: Path, *overrides: str, check: bool = False) -> 
 
 
 def launch(
-    file: Path, *arguments: str, processes: int = 1, script: str = "train.py", **environment: str
+    *arguments: str | Path, processes: int = 1, script: str = "train.py", **environment: str
 ) -> subprocess.CompletedProcess:
-    """`accelerate launch` of the real script, with real processes, on the CPU; output as text."""
+    """`accelerate launch` of a script, with real processes, on the CPU; output as text."""
     command = [
         sys.executable,
         "-m",
@@ -100,7 +100,7 @@ def launch(
         str(processes),
     ]
     command += ["--multi_gpu"] if processes > 1 else ["--quiet"]
-    command += [str(ROOT / script), "--config", str(file), *arguments]
+    command += [str(ROOT / script), *map(str, arguments)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -1,0 +1,18 @@
+"""Tests leave nothing behind and reach nobody: caches lie in a folder of their own, and the hub is out of reach."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+CACHE = tempfile.mkdtemp(prefix="finetune-tests-")
+# Before any test module imports `datasets` or `huggingface_hub`, which read these once.
+os.environ |= {"HF_HOME": CACHE, "HF_DATASETS_CACHE": os.path.join(CACHE, "datasets"), "HF_HUB_OFFLINE": "1"}
+os.environ.pop("HF_HUB_CACHE", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_cache():
+    yield
+    shutil.rmtree(CACHE, ignore_errors=True)

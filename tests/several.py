@@ -1,0 +1,59 @@
+"""train.py on several configs, one after another in the same processes, keeping what each image went through.
+
+    accelerate launch tests/several.py [--float64] CONFIG [CONFIG ...]
+
+Beside each run's metrics a file `slots-<process>.jsonl` tells, for every slot that is no padding, the image, its position
+and a digest of its pixels (cropped and flipped), noise and timestep.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def run(files: list[str]) -> None:
+    import train
+    from finetune.config import load_config
+    from tiny import forget_processes
+
+    torch.distributed.destroy_process_group = lambda group=None: None  # the next run needs it
+    read = train.Batches.__getitems__
+    for file in files:
+        config = load_config(file)
+        forget_processes()
+        kept = []
+
+        def reading(batches, slots, kept=kept):
+            batch = read(batches, slots)
+            for place, slot in enumerate(slots):
+                if slot.weight > 0:
+                    parts = [batch[name][place].numpy().tobytes() for name in ("images", "noise", "timesteps")]
+                    digest = hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()
+                    kept.append([slot.epoch, slot.position, int(batch["image_ids"][place]), digest])
+            return batch
+
+        train.Batches.__getitems__ = reading
+        try:
+            train.main(config)
+        finally:
+            train.Batches.__getitems__ = read
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        Path(config.output_dir, f"slots-{rank}.jsonl").write_text("".join(json.dumps(slot) + "\n" for slot in kept))
+    forget_processes()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--float64", action="store_true")
+    parser.add_argument("files", nargs="+")
+    arguments = parser.parse_args()
+    if arguments.float64:
+        torch.set_default_dtype(torch.float64)  # before anything is built
+    run(arguments.files)
