@@ -6,17 +6,16 @@ expected. The words for what is expected stand beside the constraint that they d
 
 import difflib
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from finetune import plain_yaml
+
 COMMAND_LINE = "command line"
-TAG = "tag:yaml.org,2002:"  # of YAML's own types
 
 
 class UserError(Exception):
@@ -84,11 +83,6 @@ class Section(BaseModel):
             raise ValueError(*found)
         return self
 
-    def _exactly_one(self, one: str, other: str) -> Iterator[tuple[str, str]]:
-        given = [key for key in (one, other) if getattr(self, key) is not None]
-        if len(given) != 1:
-            yield "", f"found {' and '.join(given) or 'neither of the two'}; expected exactly one of {one}, {other}"
-
 
 class ModelConfig(Section):
     pretrained: Text | None = None  # hub id or folder of a DDPM pipeline
@@ -97,7 +91,9 @@ class ModelConfig(Section):
     gradient_checkpointing: Flag = False
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
-        yield from self._exactly_one("pretrained", "unet")
+        given = [key for key in ("pretrained", "unet") if getattr(self, key) is not None]
+        if len(given) != 1:
+            yield "", f"found {' and '.join(given) or 'neither of the two'}; expected exactly one of pretrained, unet"
 
 
 class DataConfig(Section):
@@ -125,14 +121,15 @@ class TrainingConfig(Section):
     micro_batch_size: Count | Literal["auto"] | None = None  # images in a forward pass, on one process
     gradient_accumulation_steps: Count | None = None  # forward passes in an update, on one process
     num_epochs: Count | None = None
-    max_train_steps: Count | None = None  # updates
+    max_train_steps: Count | None = None  # updates; where both are given, this is the length
     max_grad_norm: Positive | None = 1.0  # null: no clipping
     timestep_sampling: Literal["stratified", "uniform"] = "stratified"
     snr_gamma: Positive | None = None  # null: every timestep weighs the same
     nonfinite_loss: Literal["stop", "skip"] = "stop"
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
-        yield from self._exactly_one("num_epochs", "max_train_steps")
+        if self.num_epochs is None and self.max_train_steps is None:
+            yield "", "found neither of the two; expected num_epochs or max_train_steps"
         keys = "global_batch_size", "micro_batch_size", "gradient_accumulation_steps"
         total, micro, steps = sizes = [getattr(self, key) for key in keys]
         given = ", ".join(key for key, size in zip(keys, sizes, strict=True) if size is not None)
@@ -254,7 +251,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved config, in the schema's order; loading it gives an equal one."""
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return plain_yaml.write(config.model_dump())
 
 
 def plan_batch(
@@ -304,7 +301,7 @@ def _uneven(total: int, micro: int | None, steps: int | None, processes: int | N
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        values = _parse(Path(path).read_bytes().decode("utf-8-sig"), _name(path))
+        values = _parse(Path(path).read_bytes().decode(), _name(path))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{_name(path)}: found no UTF-8 at byte {error.start}; expected text in UTF-8") from None
     except (OSError, ValueError) as error:
@@ -344,75 +341,9 @@ def _source(keys: tuple[str, ...], path: str | Path, overridden: list[tuple[str,
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark, what = error.problem_mark, ", ".join(filter(None, (error.context, error.problem)))
-        problem = f"line {mark.line + 1}, column {mark.column + 1}: {what}"
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        problem = f"line {line}: found {chr(error.character)!r}; expected printable text"
-    except (ValueError, OverflowError):  # from a surrogate's or an impossible code
-        problem = "found an escape like \\ud800 that is no character; expected the character"
-    except RecursionError:
-        problem = "found values nested too deeply; expected sections and their values"
-    raise ConfigError(f"{source}: {problem}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML of plain values without tags, every key once, with the numbers of YAML 1.2, `1e-5` among them.
-
-    An alias may stand for any value that has no alias in it, so that nothing contains itself, or a billion others.
-    """
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-    anchors_open = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        event = self.peek_event()
-        alias = isinstance(event, yaml.AliasEvent)
-        if alias and self.anchors_open:
-            self.refuse("found an alias in what is aliased itself; expected the value", event)
-        if not alias and event.tag is not None:
-            self.refuse("found a tag; expected a plain value", event)
-        anchored = not alias and event.anchor is not None
-        self.anchors_open += anchored
-        node = super().compose_node(parent, index)
-        self.anchors_open -= anchored
-        if isinstance(node, yaml.ScalarNode):
-            node.value.encode()  # half a surrogate pair could be neither printed nor written
-        return node
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node, seen = super().compose_mapping_node(anchor), set()
-        for key, _ in node.value:
-            if key.tag != f"{TAG}str":
-                self.refuse("found a key that is no name; expected names", key)
-            if key.value in seen:
-                self.refuse(f"found the key {_short(key.value)} again; expected it once", key)
-            seen.add(key.value)
-        return node
-
-    def refuse(self, problem: str, at: yaml.Node | yaml.Event) -> NoReturn:
-        raise yaml.composer.ComposerError(None, None, problem, at.start_mark)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that `_Loader`, or another reader of YAML, would take for something else."""
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        style = None if text.isprintable() else '"'  # in any other, U+0085 would come back as a line feed
-        return self.represent_scalar(f"{TAG}str", text, style)
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    ("int", r"[-+]?(0|[1-9][0-9_]{0,18})", [*"-+0123456789"]),
-    ("float", r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|\.(inf|nan))", [*"-+.0123456789"]),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"{TAG}{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
+        return plain_yaml.read(text)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _explain(error: Any, values: Any) -> list[tuple[tuple[str, ...], str]]:

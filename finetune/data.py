@@ -126,24 +126,29 @@ class Batches(Dataset):
             positions: int64 (b,).
         """
         shape = (self.images.channels, self.resolution, self.resolution)
-        images = torch.empty(len(slots), *shape, dtype=torch.uint8)
         noise = torch.empty(len(slots), *shape)
-        channels_last = images.numpy().transpose(0, 2, 3, 1)  # a view: pixels go straight to their place
         for place, slot in enumerate(slots):
-            channels_last[place] = self._augmented(slot)
             noise[place] = randomness.noise(self.seed, slot.epoch, slot.position, shape)
         timesteps = [
             randomness.timestep(self.seed, slot.epoch, slot.position, self.num_train_timesteps, self.timestep_sampling)
             for slot in slots
         ]
         return {
-            "images": images,
+            "images": self.read_images(slots),
             "noise": noise,
             "timesteps": torch.tensor(timesteps),
             "weights": torch.tensor([slot.weight for slot in slots]),
             "image_ids": torch.tensor([int(slot.image) for slot in slots]),
             "positions": torch.tensor([slot.position for slot in slots]),
         }
+
+    def read_images(self, slots: list[windows.Slot]) -> torch.Tensor:
+        """The images of b slots, cropped and flipped: uint8 (b, C, resolution, resolution)."""
+        images = torch.empty(len(slots), self.images.channels, self.resolution, self.resolution, dtype=torch.uint8)
+        channels_last = images.numpy().transpose(0, 2, 3, 1)  # a view: pixels go straight to their place
+        for place, slot in enumerate(slots):
+            channels_last[place] = self._augmented(slot)
+        return images
 
     def _augmented(self, slot: windows.Slot) -> np.ndarray:
         """The image of a slot, cropped and flipped as its key says: uint8 (resolution, resolution, C), a view."""

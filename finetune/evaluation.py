@@ -1,10 +1,12 @@
-"""What the network can do: validation loss without sampling noise, and sample grids from fixed starting noise.
+"""What the network can do: validation loss without sampling noise, and pictures from noise that stays the same.
 
 Work is cut into chunks of one fixed size and dealt over the processes, so that every image goes through the same shapes
 and comes out the same to the last bit, whatever the number of processes and the micro-batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from finetune.config import Config
 from finetune.model import noised_and_conditioning
-from finetune.objective import loss_per_image
+from finetune.objective import loss_per_image, predicted_images
 from finetune.randomness import noise
 
 CHUNK = 8
@@ -35,11 +37,14 @@ class StopCheck:
             raise Interrupted
 
 
-def _rounds(count: int, accelerator: Accelerator) -> Iterator[range | None]:
-    """This process's chunks of 0 .. count-1, padded with None so that all processes make the same number of rounds."""
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    chunks += [None] * (-len(chunks) % accelerator.num_processes)
-    return iter(chunks[accelerator.process_index :: accelerator.num_processes])
+class Prediction(NamedTuple):
+    """A forward pass: what went in, and what came out, each (b, C, H, W) but the timesteps (b,)."""
+
+    clean: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    noisy: torch.Tensor
+    output: torch.Tensor
 
 
 class Validation:
@@ -52,38 +57,51 @@ class Validation:
             images: the held-out images, each uint8 (H, W, C) at the training resolution.
         """
         self.images, self.seed, self.noise_scheduler = images, config.seed, noise_scheduler
-        self.snr_gamma, count = config.training.snr_gamma, config.validation.images
-        self.timesteps = ((np.arange(count) + 0.5) * noise_scheduler.config.num_train_timesteps / count).astype(
-            np.int64
-        )
+        self.snr_gamma = config.training.snr_gamma
+        self.timesteps = self._spread(config.validation.images)
 
     @torch.no_grad()
     def losses(self, unet: torch.nn.Module, accelerator: Accelerator, check: Callable[[], None]) -> np.ndarray:
         """Loss of each draw, float64 (count,), the same on all processes. Called by all of them."""
         losses = torch.zeros(len(self.timesteps), dtype=torch.get_default_dtype(), device=accelerator.device)
-        unet.eval()
-        for chunk in _rounds(len(self.timesteps), accelerator):
-            check()
-            if chunk is None:
-                continue
-            batch = {name: tensor.to(accelerator.device) for name, tensor in self._batch(chunk).items()}
-            clean, conditioning = noised_and_conditioning(batch)
-            noisy = self.noise_scheduler.add_noise(clean, batch["noise"], batch["timesteps"])
-            prediction = unet(noisy, batch["timesteps"], **conditioning).sample
-            losses[chunk.start : chunk.stop] = loss_per_image(
-                self.noise_scheduler, prediction, clean, batch["noise"], batch["timesteps"], self.snr_gamma
-            )
-        unet.train()
+        with _evaluating(unet):
+            for chunk in _rounds(len(self.timesteps), accelerator):
+                check()
+                if chunk is None:
+                    continue
+                shown = [draw % len(self.images) for draw in chunk]
+                made = self._predict(unet, accelerator.device, shown, chunk, self.timesteps[chunk.start : chunk.stop])
+                losses[chunk.start : chunk.stop] = loss_per_image(
+                    self.noise_scheduler, made.output, made.clean, made.noise, made.timesteps, self.snr_gamma
+                )
         return accelerator.reduce(losses, "sum").double().cpu().numpy()  # each is 0 on all processes but one
 
-    def _batch(self, draws: range) -> dict[str, torch.Tensor]:
-        pixels = [self.images[draw % len(self.images)] for draw in draws]
-        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-        return {
-            "images": images,
-            "noise": torch.stack([noise(self.seed, 0, draw, images.shape[1:], "validation") for draw in draws]),
-            "timesteps": torch.from_numpy(self.timesteps[draws.start : draws.stop]),
-        }
+    @torch.no_grad()
+    def denoise(self, unet: torch.nn.Module, device: torch.device) -> np.ndarray:
+        """The first held-out image under ever more noise, and what the network makes of each: uint8 (2 n, H, W, C).
+
+        First the n noisy ones, then the n clean ones that it predicts from them, each in one step.
+        """
+        with _evaluating(unet):
+            made = self._predict(unet, device, [0] * CHUNK, range(CHUNK), self._spread(CHUNK))
+        clean = predicted_images(self.noise_scheduler, made.output, made.noisy, made.timesteps)
+        return _as_pixels(torch.cat([made.noisy, clean]))
+
+    def _spread(self, count: int) -> np.ndarray:
+        steps = self.noise_scheduler.config.num_train_timesteps
+        return ((np.arange(count) + 0.5) * steps / count).astype(np.int64)
+
+    def _predict(
+        self, unet: torch.nn.Module, device: torch.device, shown: list[int], draws: range, timesteps: np.ndarray
+    ) -> Prediction:
+        pixels = torch.from_numpy(np.stack([self.images[index] for index in shown])).permute(0, 3, 1, 2)
+        drawn = torch.stack([noise(self.seed, 0, draw, pixels.shape[1:], "validation") for draw in draws])
+        batch = {"images": pixels, "noise": drawn, "timesteps": torch.from_numpy(timesteps)}
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        clean, conditioning = noised_and_conditioning(batch)
+        noisy = self.noise_scheduler.add_noise(clean, batch["noise"], batch["timesteps"])
+        output = unet(noisy, batch["timesteps"], **conditioning).sample
+        return Prediction(clean, batch["noise"], batch["timesteps"], noisy, output)
 
 
 @torch.no_grad()
@@ -100,21 +118,39 @@ def sample(
 
     Called by all processes, each of which draws its share; all get the result.
     """
-    config = unet.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     images = torch.zeros(count, *shape, device=accelerator.device)
     ddim = DDIMScheduler.from_config(noise_scheduler.config)
     ddim.set_timesteps(inference_steps)
-    unet.eval()
-    for chunk in _rounds(count, accelerator):
-        if chunk is not None:
-            x = torch.stack([noise(seed, 0, index, shape, "samples") for index in chunk]).to(accelerator.device)
-        for timestep in ddim.timesteps:
-            check()
+    with _evaluating(unet):
+        for chunk in _rounds(count, accelerator):
             if chunk is not None:
-                x = ddim.step(unet(x, timestep).sample, timestep, x).prev_sample
-        if chunk is not None:
-            images[chunk.start : chunk.stop] = x
-    unet.train()
-    images = accelerator.reduce(images, "sum")
+                x = torch.stack([noise(seed, 0, index, shape, "samples") for index in chunk]).to(accelerator.device)
+            for timestep in ddim.timesteps:
+                check()
+                if chunk is not None:
+                    x = ddim.step(unet(x, timestep).sample, timestep, x).prev_sample
+            if chunk is not None:
+                images[chunk.start : chunk.stop] = x
+    return _as_pixels(accelerator.reduce(images, "sum"))  # each is 0 on all processes but one
+
+
+def _rounds(count: int, accelerator: Accelerator) -> Iterator[range | None]:
+    """This process's chunks of 0 .. count-1, padded with None so that all processes make the same number of rounds."""
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    chunks += [None] * (-len(chunks) % accelerator.num_processes)
+    return iter(chunks[accelerator.process_index :: accelerator.num_processes])
+
+
+@contextmanager
+def _evaluating(unet: torch.nn.Module) -> Iterator[None]:
+    unet.eval()
+    try:
+        yield
+    finally:
+        unet.train()
+
+
+def _as_pixels(images: torch.Tensor) -> np.ndarray:
+    """From (n, C, H, W) in [-1, 1] to uint8 (n, H, W, C)."""
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

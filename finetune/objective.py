@@ -20,6 +20,23 @@ def target(
             raise ValueError(f"prediction_type {other!r}: expected epsilon, v_prediction or sample")
 
 
+def predicted_images(
+    noise_scheduler: DDPMScheduler, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """The clean images that a prediction stands for, (b, C, H, W); not bounded to [-1, 1].
+
+    With x_t = a x + s e: x = (x_t - s e) / a, or a x_t - s v (Salimans & Ho 2022, appendix D).
+    """
+    alphas = noise_scheduler.alphas_cumprod.to(noisy.device)[timesteps].view(-1, 1, 1, 1)
+    match noise_scheduler.config.prediction_type:
+        case "epsilon":
+            return (noisy - (1 - alphas).sqrt() * prediction) / alphas.sqrt()
+        case "v_prediction":
+            return alphas.sqrt() * noisy - (1 - alphas).sqrt() * prediction
+        case _:
+            return prediction
+
+
 def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, snr_gamma: float) -> torch.Tensor:
     """The min-SNR-gamma weight of each timestep, shape (b,).
 

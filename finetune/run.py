@@ -220,7 +220,11 @@ class Run:
                 self.unet, self.noise_scheduler, self.accelerator, self.check_stop,
                 self.config.seed, options.count, options.inference_steps,
             )  # fmt: skip
+            strip = self.validation and self.validation.denoise(self.unet, self.accelerator.device)
         self.report.picture("samples", self.state.step, pictures.tiled(images), self.samples_file)
+        if strip is not None:
+            file = self.samples_file.with_name(f"denoising-{self.state.step}.png")
+            self.report.picture("denoising", self.state.step, pictures.tiled(strip, len(strip) // 2), file)
         self.state.sampled = self.state.step
 
     @property

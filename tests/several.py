@@ -2,8 +2,8 @@
 
     accelerate launch tests/several.py [--float64] CONFIG [CONFIG ...]
 
-Beside each run's metrics a file `slots-<process>.jsonl` tells, for every slot that is no padding, the image, its position
-and a digest of its pixels (cropped and flipped), noise and timestep.
+Beside each run's metrics a file `slots-<process>.jsonl` tells, for every slot that is no padding, the image, its
+position and a digest of its pixels (cropped and flipped), noise and timestep.
 """
 
 import argparse

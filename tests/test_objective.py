@@ -47,7 +47,7 @@ def test_min_snr_weights(prediction_type, gamma, expected):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weights_the_same_error_in_the_image_the_same(prediction_type):
-    """An error d in the image is -d sqrt(SNR) in epsilon and d / sqrt(1 - alpha_bar) in v: the weighted losses agree."""
+    """An error d in the image is d sqrt(SNR) in epsilon and d / sqrt(1 - alpha_bar) in v: weighted losses agree."""
     noise_scheduler = scheduler(prediction_type)
     alpha_bar = noise_scheduler.alphas_cumprod.double()
     snr = alpha_bar / (1 - alpha_bar)

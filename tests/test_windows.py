@@ -25,7 +25,7 @@ def test_ten_images_in_windows_of_four():
 
 
 def test_runs_of_a_full_window_are_dealt_process_by_process():
-    # micro 2 x N 2 x P 2 = 8: run kP + r is micro-step k of process r, so the runs come as (k0 r0) (k0 r1) (k1 r0) (k1 r1)
+    # micro 2 x N 2 x P 2 = 8: run kP + r is micro-step k of process r, so they come as (k0 r0) (k0 r1) (k1 r0) (k1 r1)
     runs = list(deal(np.arange(8) * 10, 3, range(8), Split(2, 2, 2)))
     assert [[slot.image for slot in run] for run in runs] == [[0, 10], [20, 30], [40, 50], [60, 70]]
     assert {slot.weight for run in runs for slot in run} == {2 * 2 / 8}
@@ -33,7 +33,7 @@ def test_runs_of_a_full_window_are_dealt_process_by_process():
 
 
 def test_a_tail_of_three_is_padded_with_weight_zero():
-    # micro 2 x P 2 = 4 places a micro-step, so 3 images take one micro-step and one padding; each weighs N P / 3 = 4 / 3
+    # micro 2 x P 2 = 4 places a micro-step: 3 images take one micro-step and one padding; each weighs N P / 3 = 4 / 3
     runs = list(deal(np.arange(3), 0, range(3), Split(2, 2, 2)))
     assert [[slot.position for slot in run] for run in runs] == [[0, 1], [2, 0]]
     assert [[slot.weight for slot in run] for run in runs] == [[4 / 3, 4 / 3], [4 / 3, 0.0]]

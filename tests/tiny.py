@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +88,24 @@ def run_here(config: dict, file: Path, *overrides: str, check: bool = False) -> 
 
 
 def launch(
-    *arguments: str | Path, processes: int = 1, script: str = "train.py", **environment: str
+    *arguments: str | Path,
+    processes: int = 1,
+    script: str = "train.py",
+    config_file: str | None = None,
+    launcher: Sequence[str] = (),
+    **environment: str,
 ) -> subprocess.CompletedProcess:
-    """`accelerate launch` of a script, with real processes, on the CPU; output as text."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_machines",
-        "1",
-        "--num_processes",
-        str(processes),
-    ]
-    command += ["--multi_gpu"] if processes > 1 else ["--quiet"]
+    """`accelerate launch` of a script, with real processes, on the CPU; output as text.
+
+    Args:
+        config_file: launch as this file says; else with `processes` and the `launcher`'s further flags.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if config_file is not None:
+        command += ["--config_file", str(ROOT / config_file)]
+    else:
+        command += ["--num_machines", "1", "--num_processes", str(processes), *launcher]
+        command += ["--multi_gpu"] if processes > 1 else ["--quiet"]
     command += [str(ROOT / script), *map(str, arguments)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,0 +1,162 @@
+"""How fast images come: from the cache, on the first pass over large photographs, and at the next start.
+
+    python tests/benchmarks/loader.py [--short]
+
+Everything is generated in a temporary folder. `--short` takes sizes so small that it only shows that all of it runs.
+"""
+
+import argparse
+import io
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+FOLDER = tempfile.TemporaryDirectory(prefix="finetune-benchmark-")
+os.environ |= {"HF_HOME": FOLDER.name, "HF_DATASETS_CACHE": f"{FOLDER.name}/datasets", "HF_HUB_OFFLINE": "1"}
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, JpegImagePlugin  # noqa: E402
+
+from finetune import pixels  # noqa: E402
+from finetune.config import DataConfig  # noqa: E402
+from finetune.data import Batches, load_images, make_loader  # noqa: E402
+from finetune.windows import Split, WindowSampler  # noqa: E402
+
+MICRO_BATCH = 16
+LIMIT = 20_000  # images/s from the cache at 64 x 64, on one process
+
+
+def seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def encoded(image: np.ndarray, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def small_images(count: int) -> str:
+    """A parquet file of 64 x 72 noise, as BMP, which costs least to write."""
+    random = np.random.default_rng(0)
+    rows = [encoded(random.integers(0, 256, (64, 72, 3), dtype=np.uint8), "BMP") for _ in range(count)]
+    pq.write_table(pa.table({"image": rows}), f"{FOLDER.name}/small.parquet", row_group_size=1000)
+    return f"{FOLDER.name}/small.parquet"
+
+
+def photographs(count: int, width: int, height: int) -> str:
+    """A folder of JPEGs with coarse and fine detail, about as large as a camera's."""
+    random = np.random.default_rng(0)
+    folder = Path(FOLDER.name, "photographs")
+    folder.mkdir()
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((width, height))
+        grain = random.normal(0, 8, (height // 4, width, 3)).astype(np.int16)
+        photo = np.clip(np.asarray(coarse) + np.tile(grain, (5, 1, 1))[:height], 0, 255).astype(np.uint8)
+        (folder / f"{number:03}.jpg").write_bytes(encoded(photo, "JPEG", quality=90))
+    return str(folder)
+
+
+def resident() -> tuple[float, float] | None:
+    """MiB of this process's own memory, and of mapped files, which the system takes back when it needs room."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return tuple(int(fields[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
+
+
+def from_the_cache(count: int, rounds: int) -> Iterator[tuple[str, str, str]]:
+    images = load_images(DataConfig(source=small_images(count), crop="random"), 3, 64)
+    sampler = WindowSampler(count, 0, Split(MICRO_BATCH, 1, 1))
+
+    def batches(crop: str, flip: bool) -> Batches:
+        return Batches(images, 0, 1000, "stratified", 64, crop, flip)
+
+    def rate(read: Callable) -> float:
+        """The best of some rounds: what other programs on the machine take is not the loader's."""
+        best = min(seconds(lambda: [read(slots) for slots in sampler]) for _ in range(rounds))
+        return count / best
+
+    dealing = rate(lambda slots: None)
+    for name, read in (
+        ("images alone", batches("center", False).read_images),
+        ("images, cropped and flipped at random", batches("random", True).read_images),
+    ):
+        found = 1 / (1 / rate(read) - 1 / dealing)
+        yield f"64 px from the cache, {name}", f"{found:,.0f} images/s", f"{found / LIMIT:.2f} of {LIMIT:,}"
+    found = rate(batches("random", True).__getitems__)
+    yield "the same with noise and timesteps", f"{found:,.0f} images/s", ""
+    loader = make_loader(batches("random", True), sampler, num_workers=2, pin_memory=False)
+    sum(1 for _ in loader)  # starts the workers
+    found = count / min(seconds(lambda: sum(1 for _ in loader)) for _ in range(rounds))
+    yield "the same through two workers", f"{found:,.0f} images/s", ""
+
+
+def memory(count: int) -> Iterator[tuple[str, str, str]]:
+    images = load_images(DataConfig(source=f"{FOLDER.name}/small.parquet", crop="random"), 3, 64)
+    batches = Batches(images, 0, 1000, "stratified", 64, "random", True)
+    few, before = count // 20, resident()
+    if before is None:
+        return
+    found = []
+    for part in (few, count):
+        for slots in WindowSampler(part, 0, Split(MICRO_BATCH, 1, 1)):
+            batches.read_images(slots)
+        found.append(resident())
+    growth = [after - earlier for after, earlier in zip(found[1], found[0], strict=True)]
+    yield f"own memory, from {few:,} to {count:,} images read", f"{growth[0]:+.1f} MiB", ""
+    yield "  of it mapped files, which make way", f"{growth[1]:+.1f} MiB", ""
+
+
+def first_pass(count: int, width: int, height: int) -> Iterator[tuple[str, str, str]]:
+    source, cores = photographs(count, width, height), len(os.sched_getaffinity(0))
+    draft, processes = JpegImagePlugin.JpegImageFile.draft, pixels._processes
+    megapixels = f"{width * height / 1e6:.0f} MP"
+    slowest = None
+    for reduced in (False, True):
+        for parallel in (False, True):
+            JpegImagePlugin.JpegImageFile.draft = draft if reduced else lambda *_: None
+            pixels._processes = (lambda *_: cores) if parallel else (lambda *_: None)
+            # Another background is another place in the cache, and changes nothing about a JPEG.
+            config = DataConfig(source=source, background=f"#0000{2 * reduced + parallel:02x}")
+            found = seconds(lambda config=config: load_images(config, 3, 64)) / count
+            slowest = slowest or found
+            how = f"{'reduced' if reduced else 'full'} decoding, {cores if parallel else 1} process(es)"
+            yield (
+                f"first pass over {megapixels} photographs, {how}",
+                f"{1000 * found:.0f} ms each",
+                f"{slowest / found:.1f}x",
+            )
+    JpegImagePlugin.JpegImageFile.draft, pixels._processes = draft, processes
+    again = seconds(lambda: load_images(config, 3, 64))
+    yield f"next start on the same {count} photographs", f"{1000 * again:.0f} ms", ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="tiny sizes, to see that it runs")
+    short = parser.parse_args().short
+    torch.set_num_threads(1)
+    count, rounds = (400, 1) if short else (20_000, 3)
+    size = (3, 640, 480) if short else (24, 4000, 3000)
+    for part in (from_the_cache(count, rounds), memory(count), first_pass(*size)):
+        for what, measured, ratio in part:
+            print(f"{what:<82} {measured:>16}  {ratio}", flush=True)
+    started = seconds(lambda: load_images(DataConfig(source=f"{FOLDER.name}/small.parquet", crop="random"), 3, 64))
+    print(f"{f'next start on {count:,} images in parquet':<82} {f'{1000 * started:.0f} ms':>16}")
+
+
+if __name__ == "__main__":
+    with FOLDER:
+        main()
