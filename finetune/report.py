@@ -16,7 +16,7 @@ from finetune.pictures import save_png
 
 LAYOUT = {  # TensorBoard's custom scalars: what belongs together in one chart
     "Loss": {
-        "training and validation": ["Multiline", ["train/loss_smoothed", "train/epoch_loss", "validation/loss.*"]],
+        "training and validation": ["Multiline", ["train/loss_smoothed", "validation/loss$", "validation/loss_ema"]],
         "training by timestep": ["Multiline", ["train/loss_by_timestep/.*"]],
         "validation by timestep": ["Multiline", ["validation/loss_by_timestep/.*"]],
     },
