@@ -5,6 +5,7 @@ What a batch holds depends on its slots alone, not on the process or worker that
 
 import os
 import signal
+import threading
 from functools import partial
 
 import numpy as np
@@ -56,8 +57,8 @@ def _load(source: Source, config: DataConfig, split: str, key: str, channels: in
     options = {"channels": channels, "resolution": resolution, "crop": config.crop, "background": config.background}
     with explained(config.source):
         decode_row = partial(_decode_row, folders=source.folders, **options)
-        identity, size = repr((source.folders, sorted(options.items()))), resolution**2 * channels
-        table = decoded(chosen.dataset, chosen.image_column, chosen.rows, decode_row, identity, size)
+        size = resolution**2 * channels
+        table = decoded(chosen.dataset, chosen.image_column, chosen.rows, decode_row, repr(options), size)
     errors = table.data.column("error")
     bad = np.flatnonzero(errors.is_valid().to_numpy())
     problems = []
@@ -183,11 +184,20 @@ def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _start_worker(dtype: torch.dtype, worker: int) -> None:
-    """Signals go to the whole group, but the main process decides what to finish; cores are the network's."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    """Signals reach every process of a run, but the main one decides what to finish."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_the_main_process, daemon=True).start()
     torch.set_default_dtype(dtype)  # a spawned worker starts with float32
+
+
+def _obey_the_main_process() -> None:
+    """Ends this worker at a SIGTERM from its parent alone, which would otherwise wait for it forever when it exits."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def loader_problem(error: RuntimeError) -> UserError | None:

@@ -91,8 +91,8 @@ class GradientNoiseScale:
 
     @property
     def value(self) -> float | None:
-        """In images; None while either mean is not yet above zero."""
-        known = self.squared_gradient > 0 and self.variance > 0
+        """In images; None while the means do not make sense yet: both are differences of noisy norms."""
+        known = self.squared_gradient > 0 and self.variance >= 0
         return self.variance / self.squared_gradient if known else None
 
     def advice(self, split: Split) -> str | None:
@@ -173,7 +173,7 @@ class Meters:
     def add_window(self, result: WindowResult, timesteps: np.ndarray, num_train_timesteps: int, split: Split) -> dict:
         """Take in a window; returns its scalars by name."""
         self.epoch.add(result.losses)
-        if result.micro_grad_norm is not None:
+        if result.micro_grad_norm is not None and result.finite:
             small, big = split.micro_batch_size, split.global_batch_size
             self.noise_scale.add(result.micro_grad_norm**2, result.grad_norm**2, small, big)
         scalars = {

@@ -6,7 +6,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
-from finetune.config import LRSchedulerConfig, OptimizerConfig
+from finetune.config import LRSchedulerConfig, OptimizerConfig, UserError
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -31,7 +31,15 @@ def make_lr_scheduler(
 
     Each is a factor in closed form of the number of the update, so that number is all its state. To be stepped once per
     update, and not to be prepared by Accelerate, which would step it once per process.
+
+    Raises:
+        UserError: if a polynomial schedule has no update after its warm-up, which diffusers divides by.
     """
+    if config.name == "polynomial" and config.warmup_steps >= total_updates:
+        raise UserError(
+            f"lr_scheduler.warmup_steps: found {config.warmup_steps}; expected fewer than this run's {total_updates} "
+            "updates with polynomial"
+        )
     return get_scheduler(
         config.name,
         optimizer,

@@ -1,10 +1,11 @@
 """Numbers and pixels made into pictures."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from finetune.files import whole
 
 _SMALLEST_TILE = 64  # pixels a side: digits of 16 pixels are shown enlarged
 
@@ -27,11 +28,9 @@ def tiled(images: np.ndarray, columns: int | None = None) -> Image.Image:
 
 
 def save_png(picture: Image.Image, file: Path) -> None:
-    """Written whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    picture.save(partial, format="PNG")
-    os.replace(partial, file)
+    """Written whole or not at all, with the folders above it."""
+    with whole(file) as partial:
+        picture.save(partial, format="PNG")
 
 
 def loss_curve(history: list[dict], file: Path) -> None:
@@ -60,6 +59,5 @@ def loss_curve(history: list[dict], file: Path) -> None:
     axes.set_title("Loss over the run")
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
-    os.replace(partial, file)
+    with whole(file) as partial:
+        figure.savefig(partial, format="png", dpi=120)

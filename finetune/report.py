@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from finetune.files import whole
 from finetune.pictures import save_png
 
 LAYOUT = {  # TensorBoard's custom scalars: what belongs together in one chart
@@ -31,9 +31,8 @@ class History:
         """Go on after `step`; -1 starts anew."""
         self.file = file
         kept = [line for line in self._read() if line["step"] <= step]
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, file)
+        with whole(file) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._open = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - line-buffered for the run's life
 
     def add(self, step: int, values: dict[str, float]) -> None:
@@ -84,7 +83,8 @@ class Report:
             self.bar.write(text, file=sys.stdout)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Scalars of one step, to the trackers and the history."""
+        """Scalars of one step, to the trackers and the history; JSON has no name for what is not finite."""
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self.accelerator.log(values, step=step)
         if self.shown:
             self.history.add(step, values)

@@ -16,6 +16,7 @@ from finetune.checkpoint import RunState
 from finetune.config import Config, UserError, to_yaml
 from finetune.data import loader_problem
 from finetune.evaluation import StopCheck, Validation, sample
+from finetune.files import whole
 from finetune.launch import on_main_process
 from finetune.metrics import Meters, Stopwatch, Window, WindowResult, loss_by_timestep
 from finetune.randomness import timestep
@@ -87,6 +88,9 @@ class Run:
         )
         if folder is not None:
             self._restore(folder)
+        if accelerator.is_main_process:
+            with whole(self.output_dir / "config.yaml") as partial:
+                partial.write_text(to_yaml(self.config), encoding="utf-8")
         self.report = Report(accelerator, self.output_dir, to_yaml(self.config), self.saved_step, self.total_steps)
         self.stop.install()
 
@@ -170,7 +174,7 @@ class Run:
         self.state.seconds += seconds
         scalars = {"train/learning_rate": learning_rate, "train/images_per_second": len(positions) / seconds}
         scalars |= {f"time/{phase}": spent for phase, spent in phases.items()}
-        if result.finite:
+        if np.isfinite(result.losses).all():
             timesteps = self._timesteps(epoch, positions)
             steps = self.noise_scheduler.config.num_train_timesteps
             scalars |= self.meters.add_window(result, timesteps, steps, self.sampler.split)
@@ -312,6 +316,7 @@ def _identity(
         return {key: value for key, value in component.config.items() if not key.startswith("_")}
 
     options = {"data": {"crop", "random_flip"}, "training": {"timestep_sampling", "snr_gamma"}, "model": {"pretrained"}}
+    options["ema"] = {"enabled"}
     identity = config.model_dump(mode="json", include={"seed": True, **options})
     identity["training"]["global_batch_size"] = global_batch_size
     identity["data"]["fingerprint"] = data_fingerprint

@@ -413,18 +413,30 @@ def test_workers_change_nothing(context, num_workers, tmp_path):
 
 
 class Confession(Batches):
-    """Tells how its worker is set up."""
+    """Tells about the worker that reads."""
 
     def __getitems__(self, slots):
-        ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
+        ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGUSR1)]
         return {"threads": torch.get_num_threads(), "ignored": ignored, "pid": os.getpid()}
 
 
 def test_workers_leave_signals_and_cores_to_the_main_process():
     dataset = Confession(wide_images(), 0, 1000, "uniform", 8, "center", False)
-    told = list(make_loader(dataset, WindowSampler(6, 0, Split(2, 1, 1)), num_workers=2, pin_memory=False))
+    loader = make_loader(dataset, WindowSampler(6, 0, Split(2, 1, 1)), num_workers=2, pin_memory=False)
+    told = list(loader)
+    workers = {worker["pid"] for worker in told}
+    assert len(workers - {os.getpid()}) == 2
     assert all(worker["threads"] == 1 and worker["ignored"] == [True, True] for worker in told)
-    assert len({worker["pid"] for worker in told} - {os.getpid()}) == 2
+    for name in ("TERM", "INT", "USR1"):  # as a scheduler sends them, to every process
+        subprocess.run(["kill", f"-{name}", *map(str, workers)], check=True)
+    time.sleep(0.2)
+    assert {worker["pid"] for worker in loader} == workers
+    for worker in loader._iterator._workers:  # as this process does when it exits
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(loader)
 
 
 class Suicide(Batches):

@@ -252,3 +252,21 @@ def test_an_exported_pipeline_generates(tmp_path, pipeline_class):
     images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 16, 16, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_an_upload_goes_where_the_config_says(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(model, "create_repo", lambda repository, exist_ok: calls.append((repository, exist_ok)))
+    monkeypatch.setattr(model, "upload_folder", lambda **arguments: calls.append(arguments))
+    assert model.push(tmp_path, "somebody/digits") == "https://huggingface.co/somebody/digits"
+    assert calls[0] == ("somebody/digits", True)
+    assert (calls[1]["repo_id"], calls[1]["folder_path"]) == ("somebody/digits", tmp_path)
+
+
+def test_an_upload_that_fails_says_what_to_do(tmp_path):
+    with pytest.raises(
+        UserError, match=r"export.push_to_hub: somebody/digits: the hub did not take .*hf auth"
+    ) as failure:
+        model.push(tmp_path, "somebody/digits")
+    assert failure.value.exit_code == 1
+    assert "\n" not in str(failure.value)

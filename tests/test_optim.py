@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from finetune.config import LRSchedulerConfig, OptimizerConfig
+from finetune.config import LRSchedulerConfig, OptimizerConfig, UserError
 from finetune.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
 
 TOTAL, WARMUP = 10, 4
@@ -68,3 +68,8 @@ def test_a_loaded_optimizer_takes_the_config_of_now():
     assert group["lr"] == pytest.approx(1e-4)  # half of the way down from 2e-4
     assert (group["weight_decay"], group["betas"], group["eps"]) == (0.1, (0.8, 0.9), 1e-6)
     assert new.state[parameter]["step"] == 1  # what the optimizer had learned stays
+
+
+def test_a_polynomial_schedule_that_is_all_warm_up():
+    with pytest.raises(UserError, match="found 10; expected fewer than this run's 10 updates"):
+        rates({"name": "polynomial", "warmup_steps": TOTAL}, 0, 1)
