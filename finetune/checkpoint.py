@@ -66,7 +66,8 @@ class Lock:
                 f"output_dir: {self.output_dir}: cannot be written ({error.strerror}); give a folder that can"
             ) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Of the process alone: `flock` would live on in data workers for seconds after a kill.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
                 f"output_dir: {self.output_dir}: another run is writing here; stop it, or give another output_dir"

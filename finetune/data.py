@@ -171,7 +171,7 @@ def make_loader(dataset: Batches, sampler: windows.WindowSampler, num_workers: i
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=_hand_over,
         pin_memory=pin_memory,
         worker_init_fn=partial(_start_worker, torch.get_default_dtype()),
         persistent_workers=num_workers > 0,
@@ -179,8 +179,27 @@ def make_loader(dataset: Batches, sampler: windows.WindowSampler, num_workers: i
     )
 
 
-def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return batch
+def _hand_over(batch: dict[str, torch.Tensor]) -> "dict[str, torch.Tensor] | _Parcel":
+    return batch if torch.utils.data.get_worker_info() is None else _Parcel(batch)
+
+
+class _Parcel:
+    """A batch on its way out of a worker, a dict again when it arrives.
+
+    A tensor travels in a block of shared memory of its own, at about half a millisecond; one number a slot goes faster
+    through the pipe.
+    """
+
+    def __init__(self, batch: dict[str, torch.Tensor]):
+        self.batch = batch
+
+    def __reduce__(self) -> tuple:
+        numbers = {name: tensor.numpy() for name, tensor in self.batch.items() if tensor.dim() == 1}
+        return _unpack, ({name: tensor for name, tensor in self.batch.items() if name not in numbers}, numbers)
+
+
+def _unpack(shared: dict[str, torch.Tensor], numbers: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return shared | {name: torch.from_numpy(values) for name, values in numbers.items()}
 
 
 def _start_worker(dtype: torch.dtype, worker: int) -> None:

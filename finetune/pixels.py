@@ -21,7 +21,8 @@ FEATURES = datasets.Features(
     error=datasets.Value("string"),  # why a picture is bad
 )
 PIECE = 4096  # pictures decoded between two savings of the cache: what an interruption can cost
-PARALLEL_BYTES = 2**24  # of encoded pictures, about a second's work: below that, starting processes takes longer
+PARALLEL_BYTES = 2**27  # of encoded pictures, about two seconds' work: below that, processes take longer to start
+BYTES_ALIKE = 2**15  # what the work on a picture of no size would be the decoding of
 WRITE_BYTES = 2**25  # of pixels that a process collects before it writes them
 
 
@@ -176,7 +177,7 @@ def _processes(piece: datasets.Dataset, column: str) -> int | None:
     few = [piece[index][column] or {} for index in range(0, len(piece), -(-len(piece) // 4))]
     bytes_each = sum(_bytes(image.get("bytes"), image.get("path")) for image in few) / len(few)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    worth = cores > 1 and bytes_each * len(piece) > PARALLEL_BYTES
+    worth = cores > 1 and (bytes_each + BYTES_ALIKE) * len(piece) > PARALLEL_BYTES
     return min(cores, len(piece)) if worth else None
 
 

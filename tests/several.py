@@ -1,6 +1,6 @@
 """train.py on several configs, one after another in the same processes, keeping what each image went through.
 
-    accelerate launch tests/several.py [--float64] CONFIG [CONFIG ...]
+    accelerate launch tests/several.py [--float64] [--stop-after UPDATES] CONFIG [CONFIG ...]
 
 Beside each run's metrics a file `slots-<process>.jsonl` tells, for every slot that is no padding, the image, its
 position and a digest of its pixels (cropped and flipped), noise and timestep.
@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
-def run(files: list[str]) -> None:
+def run(files: list[str], stop_after: int | None) -> None:
     import train
     from finetune.config import load_config
-    from tiny import forget_processes
+    from tiny import forget_processes, stop_after_updates
 
     torch.distributed.destroy_process_group = lambda group=None: None  # the next run needs it
     read = train.Batches.__getitems__
@@ -40,6 +40,8 @@ def run(files: list[str]) -> None:
             return batch
 
         train.Batches.__getitems__ = reading
+        if stop_after is not None:
+            stop_after_updates(stop_after)
         try:
             train.main(config)
         finally:
@@ -52,8 +54,9 @@ def run(files: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--float64", action="store_true")
+    parser.add_argument("--stop-after", type=int, metavar="UPDATES", help="end each run as a signal would")
     parser.add_argument("files", nargs="+")
     arguments = parser.parse_args()
     if arguments.float64:
         torch.set_default_dtype(torch.float64)  # before anything is built
-    run(arguments.files)
+    run(arguments.files, arguments.stop_after)

@@ -391,6 +391,16 @@ def test_a_seek_reads_no_image_that_was_done(monkeypatch):
     assert read == ids == epoch_order(0, 3, 12)[8:].tolist()
 
 
+def test_numbers_do_not_travel_through_shared_memory():
+    """A block of it for each tensor would cost the main process more than reading the images itself."""
+    batch = batches(wide_images()).__getitems__(SLOTS)
+    unpack, (shared, numbers) = data._Parcel(batch).__reduce__()
+    assert shared.keys() == {"images", "noise"}
+    arrived = unpack(shared, numbers)
+    assert arrived.keys() == batch.keys()
+    assert all(torch.equal(arrived[name], batch[name]) for name in batch)
+
+
 @pytest.mark.parametrize(("context", "num_workers"), [("fork", 2), ("spawn", 1)])
 def test_workers_change_nothing(context, num_workers, tmp_path):
     images = load(write_folder(tmp_path / "x", [png(5 * value) for value in range(12)]), crop="random")
@@ -417,20 +427,21 @@ class Confession(Batches):
 
     def __getitems__(self, slots):
         ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGUSR1)]
-        return {"threads": torch.get_num_threads(), "ignored": ignored, "pid": os.getpid()}
+        told = {"threads": torch.get_num_threads(), "ignored": all(ignored), "pid": os.getpid()}
+        return {name: torch.tensor([value]) for name, value in told.items()}
 
 
 def test_workers_leave_signals_and_cores_to_the_main_process():
     dataset = Confession(wide_images(), 0, 1000, "uniform", 8, "center", False)
     loader = make_loader(dataset, WindowSampler(6, 0, Split(2, 1, 1)), num_workers=2, pin_memory=False)
     told = list(loader)
-    workers = {worker["pid"] for worker in told}
+    workers = {int(worker["pid"]) for worker in told}
     assert len(workers - {os.getpid()}) == 2
-    assert all(worker["threads"] == 1 and worker["ignored"] == [True, True] for worker in told)
+    assert all(worker["threads"] == 1 and worker["ignored"] for worker in told)
     for name in ("TERM", "INT", "USR1"):  # as a scheduler sends them, to every process
         subprocess.run(["kill", f"-{name}", *map(str, workers)], check=True)
     time.sleep(0.2)
-    assert {worker["pid"] for worker in loader} == workers
+    assert {int(worker["pid"]) for worker in loader} == workers
     for worker in loader._iterator._workers:  # as this process does when it exits
         worker.terminate()
         worker.join(10)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 
 from finetune.metrics import (
     EpochLoss,
@@ -40,6 +41,30 @@ def test_window_scales_the_first_gradient_to_the_micro_batch_mean():
     assert window.close(Accelerator(cpu=True), 4, torch.tensor(1.0), stop=True) == WindowResult(
         pytest.approx([1.0] * 4), 1.0, 10.0, True
     )
+
+
+def test_the_micro_batch_gradient_is_that_of_its_mean_loss():
+    """Through Accelerate's own accumulation, against autograd on the first micro-batch alone."""
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    network, inputs = torch.nn.Linear(3, 1), torch.randn(4, 3)
+    alone = torch.autograd.grad(network(inputs[:2]).square().mean(), network.parameters())
+    network = accelerator.prepare(network)
+    split = Split(2, 2, 1)
+    window, weight = Window(split), 2 * 1 / 4  # N P / n_w
+    for micro in inputs.split(2):
+        with accelerator.accumulate(network):
+            losses = network(micro).square()[:, 0]
+            accelerator.backward((weight * losses).sum())
+            window.add(losses, network.parameters())
+    whole = torch.nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
+    result = window.close(accelerator, 4, whole)
+    assert result.micro_grad_norm == pytest.approx(torch.nn.utils.get_total_norm(alone).item(), rel=1e-6)
+    fresh = torch.nn.utils.get_total_norm(
+        torch.autograd.grad(network(inputs).square().mean(), list(network.parameters()))
+    )
+    assert result.grad_norm == pytest.approx(fresh.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(("losses", "norm"), [([1.0, np.nan], 1.0), ([1.0, np.inf], 1.0), ([1.0, 1.0], np.inf)])

@@ -159,13 +159,21 @@ def test_every_core_decodes_what_is_worth_it_and_the_result_is_the_same(tmp_path
     decoding = Decoding(tmp_path, rows)
     assert decoding() == (rows, 7)
     assert len({line.split()[0] for line in decoding.lines()}) == 2  # processes
-    monkeypatch.setattr(pixels, "PARALLEL_BYTES", 2**24)
+    monkeypatch.undo()
     assert decoding() == (rows, 0)  # what two processes saved, one finds
 
 
 @pytest.mark.parametrize(
     ("each", "count", "cores", "expected"),
-    [(2**20, 17, 8, 8), (2**20, 15, 8, None), (200, 1797, 8, None), (2**25, 3, 8, 3), (2**25, 1, 1, None)],
+    [
+        # (2^20 + 2^15) bytes are 33 / 4096 of the 2^27 that are worth it: 124.1 such pictures.
+        (2**20, 125, 8, 8),
+        (2**20, 124, 8, None),
+        (2**15, 2049, 8, 8),
+        (200, 1797, 8, None),
+        (2**26, 2, 8, 2),
+        (2**28, 1, 1, None),
+    ],
 )
 def test_processes_are_started_for_many_bytes(each, count, cores, expected, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)

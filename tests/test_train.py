@@ -164,6 +164,15 @@ def test_two_processes_watched_in_tensorboard(pictures, tmp_path):
     logged = [line["train/loss"] for line in history(tmp_path / "run") if "train/loss" in line]
     assert [point.value for point in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
     assert "global_batch_size" in str(events.Tensors("config/text_summary")[0])
+    # the same validation on one process in other micro-batches: to the bit at the start, and with rounding later
+    config["training"] |= {"micro_batch_size": 16, "gradient_accumulation_steps": 1}
+    assert run_here({**config, "output_dir": str(tmp_path / "one")}, tmp_path / "one.yaml") == 0
+    found, expected = (
+        [line["validation/loss"] for line in history(tmp_path / name) if "validation/loss" in line]
+        for name in ("run", "one")
+    )
+    assert found[0] == expected[0]
+    assert found == pytest.approx(expected, rel=1e-5)
     # the weights that were trained have no prefix of the wrapper that trained them
     assert "conv_in.weight" in weights(tmp_path / "run", 2)
 

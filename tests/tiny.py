@@ -87,6 +87,26 @@ def run_here(config: dict, file: Path, *overrides: str, check: bool = False) -> 
         forget_processes()
 
 
+def stop_after_updates(count: int) -> None:
+    """The next run in this process is told to stop in its count-th update, as by a signal (with no evaluations due)."""
+    from finetune.stopping import StopRequest
+
+    asked = []
+
+    def requested(self) -> bool:
+        asked.append(1)
+        return len(asked) >= count
+
+    StopRequest.requested = requested
+
+
+def let_run() -> None:
+    """Undo `stop_after_updates`."""
+    from finetune.stopping import StopRequest
+
+    StopRequest.requested = lambda self: self.signal is not None
+
+
 def launch(
     *arguments: str | Path,
     processes: int = 1,
