@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +87,48 @@ def run_here(config: dict, file: Path, *overrides: str, check: bool = False) -> 
         return train.main(load_config(write_config(file, config), overrides), check)
     finally:
         forget_processes()
+
+
+def run_in_child(config: dict, file: Path, before: Callable[[], None] = lambda: None) -> int:
+    """train.main in a forked process that has all imports done; returns its pid. `before` runs in the child."""
+    import train  # noqa: F401 - before the fork, or every child would take seconds over it
+
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        before()
+        code = run_here(config, file)
+    finally:
+        os._exit(code)
+
+
+def curves(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: (step, value) of every scalar, but for those that tell the time."""
+    events = EventAccumulator(str(output_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "train/images_per_second"))]
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
+
+
+def timeless(output_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what tells the time."""
+    timed = ("time/", "train/images_per_second")
+    return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in history(output_dir)]
+
+
+def differing(one: Path, other: Path, step: int) -> list[str]:
+    """In what two runs are not the same to the last bit: weights, averages, curves, numbers."""
+    found = []
+    for part in ("model", "ema"):
+        expected, seen = weights(one, step, part), weights(other, step, part)
+        if expected.keys() != seen.keys() or not all(torch.equal(expected[name], seen[name]) for name in expected):
+            found.append(part)
+    return found + [kind.__name__ for kind in (curves, timeless) if kind(one) != kind(other)]
 
 
 def stop_after_updates(count: int) -> None:
