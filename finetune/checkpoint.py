@@ -25,7 +25,7 @@ from finetune.launch import problems_anywhere
 MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_PARTIAL = ".checkpoint.partial"
+_PARTIAL, _PRUNED = ".checkpoint.partial", ".checkpoint.pruned"
 
 
 @dataclass
@@ -72,7 +72,8 @@ class Lock:
             raise UserError(
                 f"output_dir: {self.output_dir}: another run is writing here; stop it, or give another output_dir"
             ) from error
-        shutil.rmtree(self.output_dir / _PARTIAL, ignore_errors=True)  # of an owner that was killed while saving
+        for rest in (_PARTIAL, _PRUNED):  # of an owner that was killed while saving
+            shutil.rmtree(self.output_dir / rest, ignore_errors=True)
 
 
 def share_weights_between_setups(accelerator: Accelerator) -> None:
@@ -137,7 +138,8 @@ def save(
             raise UserError(*(f"{folder}: not saved: {problem}" for problem in problems), exit_code=1)
     if accelerator.is_main_process:
         for old in _by_step(output_dir)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+            pruned = old.rename(output_dir / _PRUNED)  # first out of sight: half of one is none
+            shutil.rmtree(pruned, ignore_errors=True)
     return folder
 
 

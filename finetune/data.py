@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune import randomness, windows
 from finetune.config import DataConfig, UserError
-from finetune.images import BadImageError, check_format, decode
-from finetune.pixels import Images, decoded, error_row, pixel_row
+from finetune.decoding import decoded
+from finetune.images import BadImageError, check_format, decode, quiet
+from finetune.pixels import FEATURES, FORMAT, Images, error_row, pixel_row
 from finetune.selection import select
 from finetune.sources import Source, explained, open_source
 
@@ -55,10 +56,10 @@ def _load(source: Source, config: DataConfig, split: str, key: str, channels: in
     if not len(chosen.rows):
         raise UserError(f"{key}: found no images in {split!r} of {config.source}; expected at least one")
     options = {"channels": channels, "resolution": resolution, "crop": config.crop, "background": config.background}
-    with explained(config.source):
+    with explained(config.source), quiet():
         decode_row = partial(_decode_row, folders=source.folders, **options)
-        size = resolution**2 * channels
-        table = decoded(chosen.dataset, chosen.image_column, chosen.rows, decode_row, repr(options), size)
+        identity, size = repr((FORMAT, options)), resolution**2 * channels
+        table = decoded(chosen.dataset, chosen.image_column, chosen.rows, decode_row, FEATURES, identity, size)
     errors = table.data.column("error")
     bad = np.flatnonzero(errors.is_valid().to_numpy())
     problems = []

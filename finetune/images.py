@@ -8,6 +8,8 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
@@ -41,6 +43,14 @@ def check_format(channels: int, background: str) -> None:
         ) from None
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of PIL's: of large pictures that it still allows, of odd metadata. Not to be entered by threads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        yield
+
+
 def decode(source: bytes | str, channels: int, resolution: int, crop: str, background: str) -> np.ndarray:
     """The picture as uint8 (H, W, channels), its shorter side resized to `resolution` with antialiasing.
 
@@ -54,9 +64,7 @@ def decode(source: bytes | str, channels: int, resolution: int, crop: str, backg
         BadImageError: truncated, empty, no picture, fewer than 2 pixels a side, too large, or unreadable.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of large pictures that it still allows, and of odd metadata
-            return _decode(source, channels, resolution, crop, background)
+        return _decode(source, channels, resolution, crop, background)
     except BadImageError:
         raise
     except Exception as error:  # a damaged file may raise anything from any of the decoders

@@ -1,18 +1,17 @@
-"""Pixels that were decoded once: how they come into the cache of `datasets`, and how they are read from it.
+"""Decoded pixels: the rows they are kept in, and how they are read.
 
-They lie in HF_DATASETS_CACHE/pixels as raw bytes in arrow files, are mapped into memory, and only copied into a batch.
-So a run has no more images in its own memory than it is working on, and all its workers share one page cache.
+They lie in arrow files as raw bytes, are mapped into memory, and only copied into a batch. So a run has no more images
+in its own memory than it is working on, and all its workers share one page cache.
 """
 
 import hashlib
-import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import datasets
 import numpy as np
 
-FORMAT = 1  # part of the cache's key: raise it with every change of what is made of a picture
+FORMAT = 1  # of cached rows: raise it with every change of what is made of a picture
 FEATURES = datasets.Features(
     pixels=datasets.Value("large_binary"),  # channels x height x width bytes; none of a bad picture
     height=datasets.Value("int32"),
@@ -20,10 +19,6 @@ FEATURES = datasets.Features(
     checksum=datasets.Value("int64"),  # of shape and pixels
     error=datasets.Value("string"),  # why a picture is bad
 )
-PIECE = 4096  # pictures decoded between two savings of the cache: what an interruption can cost
-PARALLEL_BYTES = 2**27  # of encoded pictures, about two seconds' work: below that, processes take longer to start
-BYTES_ALIKE = 2**15  # what the work on a picture of no size would be the decoding of
-WRITE_BYTES = 2**25  # of pixels that a process collects before it writes them
 
 
 class Images(Sequence[np.ndarray]):
@@ -116,72 +111,3 @@ def pixel_row(pixels: np.ndarray) -> dict:
 def error_row(reason: str) -> dict:
     """The row of a bad picture."""
     return {"pixels": b"", "height": 0, "width": 0, "checksum": 0, "error": reason}
-
-
-def decoded(
-    dataset: datasets.Dataset,
-    column: str,
-    rows: np.ndarray,
-    decode: Callable[[dict | None], dict],
-    identity: str,
-    size: int,
-) -> datasets.Dataset:
-    """The given rows of a dataset, decoded, as `FEATURES`. Read from the cache where it has them.
-
-    Args:
-        column: holds {"bytes", "path"} of an encoded picture, or None.
-        decode: makes a row of it, with `pixel_row` or `error_row`. Called in other processes.
-        identity: all that the result depends on beside the dataset.
-        size: about how many bytes of pixels an image has.
-
-    The rows come in pieces. Each is saved when it is done, so that an interrupted run goes on with the next.
-    """
-    pieces = np.array_split(rows, -(-len(rows) // max(PIECE, len(rows) // 64)))
-    tables = []
-    for number, piece in enumerate(pieces, 1):
-        # Not left to `datasets`, whose own key is a hash of the bytecode and of all options of `map`.
-        key = repr((FORMAT, dataset._fingerprint, column, identity)).encode() + piece.astype("<i8").tobytes()
-        title = "Decoding images" + (f" ({number}/{len(pieces)})" if len(pieces) > 1 else "")
-        tables.append(_piece(dataset.select_columns(column).select(piece), column, decode, key, size, title))
-    return datasets.concatenate_datasets(tables)
-
-
-def _piece(
-    piece: datasets.Dataset, column: str, decode: Callable[[dict | None], dict], key: bytes, size: int, title: str
-) -> datasets.Dataset:
-    fingerprint = hashlib.blake2b(key, digest_size=16).hexdigest()
-
-    def mapped(load: bool) -> datasets.Dataset:
-        return piece.map(
-            decode,
-            input_columns=[column],
-            remove_columns=[column],
-            features=FEATURES,
-            num_proc=_processes(piece, column),
-            writer_batch_size=min(max(WRITE_BYTES // size, 1), 1000),
-            load_from_cache_file=load,
-            new_fingerprint=fingerprint,
-            # Named, else `map` writes beside the source's own files, or keeps what it makes in memory.
-            cache_file_name=os.path.join(datasets.config.HF_DATASETS_CACHE, "pixels", f"{fingerprint}.arrow"),
-            desc=title,
-        )
-
-    table = mapped(load=True)
-    bad = np.flatnonzero(table.data.column("error").is_valid().to_numpy())
-    mended = any(decode(piece[int(row)][column])["error"] is None for row in bad)  # in a way that leaves no trace
-    return mapped(load=False) if mended else table
-
-
-def _processes(piece: datasets.Dataset, column: str) -> int | None:
-    """One for every core, or None where the pictures are too small to be worth it, judged by a few of them."""
-    few = [piece[index][column] or {} for index in range(0, len(piece), -(-len(piece) // 4))]
-    bytes_each = sum(_bytes(image.get("bytes"), image.get("path")) for image in few) / len(few)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    worth = cores > 1 and (bytes_each + BYTES_ALIKE) * len(piece) > PARALLEL_BYTES
-    return min(cores, len(piece)) if worth else None
-
-
-def _bytes(data: bytes | None, path: str | None) -> int:
-    if data is not None:
-        return len(data)
-    return os.path.getsize(path) if path and os.path.isfile(path) else 0

@@ -76,9 +76,9 @@ def _explanation(error: BaseException) -> str:
         return f"no such folder or file here, nor on the hub ({detail}); {EXPECTED}"
     if isinstance(error, ConnectionError):
         return f"no such folder or file here, and the hub cannot be reached ({detail}): check the name and the network"
-    if "abruptly died" in detail:
-        return "a process that decodes pictures was killed, most likely for want of memory: free some and run it again"
-    return f"{detail} (datasets cache: {cache})" if isinstance(error, OSError) else detail
+    return (
+        f"{detail} (datasets cache: {cache}, or where HF_DATASETS_CACHE says)" if isinstance(error, OSError) else detail
+    )
 
 
 def _open(source: str) -> Source:

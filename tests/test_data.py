@@ -251,16 +251,14 @@ def test_wrong_options_are_refused_before_anything_is_opened(tmp_path):
     assert problems(str(tmp_path / "nothing"), channels=2)[0].startswith("model: found a network of 2 input channels")
 
 
-def test_no_room_and_a_killed_process_are_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets.Dataset, "map", fail)
     source = write_folder(tmp_path / "x", [png(0)])
-    for error, words in (
-        (OSError(28, "No space left on device"), "no room in the datasets cache"),
-        (RuntimeError("One of the subprocesses has abruptly died during map operation."), "was killed"),
-    ):
-        monkeypatch.setattr(datasets.Dataset, "map", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
-        (line,) = problems(source)
-        assert line.startswith(f"data.source: {source}: ")
-        assert words in line
+    (line,) = problems(source)
+    assert line.startswith(f"data.source: {source}: no room in the datasets cache")
 
 
 def test_a_fraction_is_held_out_by_the_seed():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,16 @@ def run_here(config: dict, file: Path, *overrides: str, check: bool = False) -> 
         forget_processes()
 
 
+_last_start = [0]
+
+
 def run_in_child(config: dict, file: Path, before: Callable[[], None] = lambda: None) -> int:
     """train.main in a forked process that has all imports done; returns its pid. `before` runs in the child."""
     import train  # noqa: F401 - before the fork, or every child would take seconds over it
 
+    while int(time.time()) == _last_start[0]:  # TensorBoard reads event files in the order of their second
+        time.sleep(0.02)
+    _last_start[0] = int(time.time())
     pid = os.fork()
     if pid:
         return pid

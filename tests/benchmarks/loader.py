@@ -25,7 +25,6 @@ import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, JpegImagePlugin  # noqa: E402
 
-from finetune import pixels  # noqa: E402
 from finetune.config import DataConfig  # noqa: E402
 from finetune.data import Batches, load_images, make_loader  # noqa: E402
 from finetune.windows import Split, WindowSampler  # noqa: E402
@@ -120,25 +119,25 @@ def memory(count: int) -> Iterator[tuple[str, str, str]]:
 
 
 def first_pass(count: int, width: int, height: int) -> Iterator[tuple[str, str, str]]:
-    source, cores = photographs(count, width, height), len(os.sched_getaffinity(0))
-    draft, processes = JpegImagePlugin.JpegImageFile.draft, pixels._processes
-    megapixels = f"{width * height / 1e6:.0f} MP"
+    source, draft, available = (
+        photographs(count, width, height),
+        JpegImagePlugin.JpegImageFile.draft,
+        os.sched_getaffinity,
+    )
+    every = len(available(0))
     slowest = None
     for reduced in (False, True):
-        for parallel in (False, True):
+        for cores in (1, every):
             JpegImagePlugin.JpegImageFile.draft = draft if reduced else lambda *_: None
-            pixels._processes = (lambda *_: cores) if parallel else (lambda *_: None)
+            os.sched_getaffinity = lambda _, cores=cores: set(range(cores))
             # Another background is another place in the cache, and changes nothing about a JPEG.
-            config = DataConfig(source=source, background=f"#0000{2 * reduced + parallel:02x}")
+            config = DataConfig(source=source, background=f"#{reduced:02x}{cores:04x}")
             found = seconds(lambda config=config: load_images(config, 3, 64)) / count
             slowest = slowest or found
-            how = f"{'reduced' if reduced else 'full'} decoding, {cores if parallel else 1} process(es)"
-            yield (
-                f"first pass over {megapixels} photographs, {how}",
-                f"{1000 * found:.0f} ms each",
-                f"{slowest / found:.1f}x",
-            )
-    JpegImagePlugin.JpegImageFile.draft, pixels._processes = draft, processes
+            how = f"{'reduced' if reduced else 'full'} decoding, cores: {cores}"
+            what = f"first pass over photographs of {width * height / 1e6:.1f} megapixels, {how}"
+            yield what, f"{1000 * found:.0f} ms each", f"{slowest / found:.1f}x"
+    JpegImagePlugin.JpegImageFile.draft, os.sched_getaffinity = draft, available
     again = seconds(lambda: load_images(config, 3, 64))
     yield f"next start on the same {count} photographs", f"{1000 * again:.0f} ms", ""
 

@@ -1,0 +1,65 @@
+"""The trainer against loops that anyone can check: plain PyTorch, no Accelerate, no windows, no weights of slots."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.config import Config
+from finetune.data import load_images
+from finetune.model import load_model
+from finetune.randomness import noise, timestep
+from finetune.windows import epoch_order
+from tiny import history, run_here, tiny_config, weights, write_pictures
+
+IMAGES, BATCH, EPOCHS, STEPS = 19, 8, 3, 9  # 8 + 8 + 3, three times
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    base = tmp_path_factory.mktemp("trained")
+    config = tiny_config(write_pictures(base / "pictures", IMAGES), base / "run", training__num_epochs=EPOCHS)
+    assert run_here(config, base / "config.yaml") == 0
+    return Config.model_validate(config)
+
+
+def plain_training(config, micro_batch_size=None):
+    """Big batches at once, or the notebook's accumulation: divide, add up, step at a window's end, flush the last one.
+
+    The notebook divided by the accumulation steps, which is wrong for a last window that has fewer images; here it is
+    by the images of the window.
+    """
+    unet, noise_scheduler = load_model(config.model, None, config.seed)
+    pictures = load_images(config.data, 1, 8)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.optimizer.learning_rate)
+    losses = []
+    for epoch in range(EPOCHS):
+        order = epoch_order(config.seed, epoch, IMAGES)
+        for start in range(0, IMAGES, BATCH):
+            window, total = range(start, min(start + BATCH, IMAGES)), 0.0
+            size = micro_batch_size or len(window)
+            for micro in (window[i : i + size] for i in range(0, len(window), size)):
+                pixels = torch.stack([torch.tensor(pictures.pixels(order[p]).copy()) for p in micro])
+                clean = pixels.permute(0, 3, 1, 2) / 127.5 - 1
+                drawn = torch.stack([noise(config.seed, epoch, p, (1, 8, 8)) for p in micro])
+                timesteps = torch.tensor([timestep(config.seed, epoch, p, 100, "stratified") for p in micro])
+                predicted = unet(noise_scheduler.add_noise(clean, drawn, timesteps), timesteps).sample
+                loss = torch.nn.functional.mse_loss(predicted, drawn) * len(micro) / len(window)
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(total)
+    return unet.state_dict(), losses
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4, 3])
+def test_the_trainer_is_a_plain_loop(trained, micro_batch_size):
+    expected, losses = plain_training(trained, micro_batch_size)
+    found = weights(Path(trained.output_dir), STEPS)
+    difference = sum(float((found[name] - expected[name]).square().sum()) for name in expected) ** 0.5
+    norm = sum(float(tensor.square().sum()) for tensor in expected.values()) ** 0.5
+    assert difference / norm < 1e-5
+    logged = [line["train/loss"] for line in history(Path(trained.output_dir))]
+    assert logged == pytest.approx(losses, rel=1e-5)
