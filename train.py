@@ -14,10 +14,10 @@ import torch
 
 from finetune import model
 from finetune.capacity import first_split, largest_split, memory_plan
-from finetune.config import Config, UserError, load_config
+from finetune.config import Config, load_config
 from finetune.data import Batches, load_images, make_loader, split_images
 from finetune.evaluation import Interrupted, Validation
-from finetune.launch import count_processes, make_accelerator
+from finetune.launch import exit_code, main_process_first, make_accelerator, on_main_process, processes
 from finetune.metrics import Window
 from finetune.objective import loss_per_image
 from finetune.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
@@ -31,17 +31,18 @@ def main(config: Config, check: bool = False) -> int:
     training = config.training
 
     # The network, and how a window is split over processes, accumulation steps and micro-batches.
-    split = first_split(training, count_processes())
+    split = on_main_process(lambda: first_split(training, processes().num_processes))
     accelerator = make_accelerator(config.output_dir, config.logging.tracker, split.gradient_accumulation_steps)
-    unet, noise_scheduler = model.load_model(config.model, config.data.resolution, config.seed)
+    unet, noise_scheduler = main_process_first(
+        lambda: model.load_model(config.model, config.data.resolution, config.seed)
+    )
     ema = model.make_ema(unet.to(accelerator.device), config.ema)
     if training.micro_batch_size == "auto":
         split = largest_split(accelerator, unet, split)
         accelerator.gradient_accumulation_steps = split.gradient_accumulation_steps
 
     # The images, and how many updates they make.
-    with accelerator.main_process_first():
-        images = load_images(config.data, unet.config.in_channels, unet.config.sample_size)
+    images = main_process_first(lambda: load_images(config.data, unet.config.in_channels, unet.config.sample_size))
     train_images, held_out = split_images(images, config.data, config.seed)
     accelerator.print(plan(config, accelerator, split, unet, noise_scheduler, len(train_images), len(held_out or ())))
     if check:
@@ -134,12 +135,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+def run(arguments: argparse.Namespace) -> int:
+    config = on_main_process(lambda: load_config(arguments.config, arguments.overrides))
+    return main(config, arguments.check)
+
+
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    try:
-        exit_code = main(load_config(arguments.config, arguments.overrides), arguments.check)
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        exit_code = error.exit_code
-    sys.exit(exit_code)
+    parsed = parse_arguments()
+    sys.exit(exit_code(lambda: run(parsed)))

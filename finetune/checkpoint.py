@@ -4,27 +4,29 @@ A checkpoint is written under a temporary name by all processes, synced to disk,
 only then are older ones pruned. A folder without a manifest that its files match does not exist for resuming.
 """
 
-import fcntl
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import xxhash
 from accelerate import Accelerator
+from accelerate.utils import load as load_pickle
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.config import UserError
-from finetune.launch import problems_anywhere
+from finetune.files import writing
+from finetune.launch import together
 
 MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_OWN_FILES = re.compile(r"(model|ema)\.safetensors|optimizer\.bin|scaler\.pt|random_states_\d+\.pkl|run_state\.json")
 _PARTIAL, _PRUNED = ".checkpoint.partial", ".checkpoint.pruned"
 
 
@@ -43,37 +45,6 @@ class RunState:
     def updates(self) -> int:
         """Updates that moved the weights, which is what the schedule and the moving average count."""
         return self.step - self.skipped
-
-
-class Lock:
-    """A run's hold on its folder, until the process ends, however it ends: a crashed owner leaves nothing behind."""
-
-    def __init__(self, output_dir: Path):
-        self.output_dir = output_dir
-        self._file: IO | None = None
-
-    def acquire(self) -> None:
-        """Make the folder where need be and hold it.
-
-        Raises:
-            UserError: if another run holds it, or it cannot be made or written.
-        """
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.output_dir / ".lock", "w")  # noqa: SIM115 - held for the life of the run
-        except OSError as error:
-            raise UserError(
-                f"output_dir: {self.output_dir}: cannot be written ({error.strerror}); give a folder that can"
-            ) from error
-        try:
-            # Of the process alone: `flock` would live on in data workers for seconds after a kill.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"output_dir: {self.output_dir}: another run is writing here; stop it, or give another output_dir"
-            ) from error
-        for rest in (_PARTIAL, _PRUNED):  # of an owner that was killed while saving
-            shutil.rmtree(self.output_dir / rest, ignore_errors=True)
 
 
 def share_weights_between_setups(accelerator: Accelerator) -> None:
@@ -113,34 +84,51 @@ def save(
     Raises:
         UserError: if any process could not write. What was there before is untouched, nothing is left behind.
     """
-    folder, partial = output_dir / f"checkpoint-{step}", output_dir / _PARTIAL
+    folder, temporary = output_dir / f"checkpoint-{step}", output_dir / _PARTIAL
 
+    @writing(folder)
     def write() -> None:
-        accelerator.save_state(str(partial))
+        accelerator.save_state(str(temporary))
         if accelerator.is_main_process:
             for group, named in tensors.items():
-                save_file(named, partial / f"{group}.safetensors")
-            (partial / RUN_STATE).write_text(json.dumps(run_state, indent=2), encoding="utf-8")
+                save_file(named, temporary / f"{group}.safetensors")
+            (temporary / RUN_STATE).write_text(json.dumps(run_state, indent=2), encoding="utf-8")
 
+    @writing(folder)
     def publish() -> None:
         if accelerator.is_main_process:
-            _write_manifest(partial, step)
+            _write_manifest(temporary, step)
             if folder.exists():  # one that resuming passed over
                 shutil.rmtree(folder)
-            partial.rename(folder)
+            temporary.rename(folder)
             _sync(output_dir)
 
-    for stage in (write, publish):
-        problems = problems_anywhere(stage)
-        if problems:
-            if accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(*(f"{folder}: not saved: {problem}" for problem in problems), exit_code=1)
+    try:
+        together(write)
+        together(publish)
+    except UserError:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if accelerator.is_main_process:
         for old in _by_step(output_dir)[keep:]:
-            pruned = old.rename(output_dir / _PRUNED)  # first out of sight: half of one is none
-            shutil.rmtree(pruned, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                old.rename(output_dir / _PRUNED)  # first out of sight: half of one is none
+            shutil.rmtree(output_dir / _PRUNED, ignore_errors=True)
     return folder
+
+
+def remove_rests(output_dir: Path) -> None:
+    """Remove what an owner of the folder left that was killed while it saved or pruned."""
+    for rest in (_PARTIAL, _PRUNED):
+        shutil.rmtree(output_dir / rest, ignore_errors=True)
+
+
+def room_needed(output_dir: Path, size: int, keep: int, saves: int) -> int:
+    """Bytes that `saves` more checkpoints of a size take at the most: an old one goes when the new one is there."""
+    rests = (file for rest in (_PARTIAL, _PRUNED) for file in (output_dir / rest).glob("*"))
+    free_soon = sum(file.stat().st_size for file in rests)
+    return size * min(saves, max(keep + 1 - len(_by_step(output_dir)), 1)) - free_soon
 
 
 def _write_manifest(folder: Path, step: int) -> None:
@@ -186,8 +174,11 @@ def flaw(folder: Path) -> str | None:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
-    unlisted = {file.name for file in folder.iterdir()} - set(files) - {MANIFEST}
-    return f"{min(unlisted)} is not in its {MANIFEST}" if unlisted else None
+    found = {file.name for file in folder.iterdir()} - {MANIFEST}
+    if unlisted := found - set(files):
+        return f"{min(unlisted)} is not in its {MANIFEST}"
+    foreign = [name for name in sorted(found) if not _OWN_FILES.fullmatch(name)]
+    return f"{foreign[0]} is no file of a checkpoint" if foreign else None
 
 
 def find(output_dir: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
@@ -227,6 +218,21 @@ def _by_step(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+@contextlib.contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Inside, a checkpoint is read that may be a stranger's: what is not as expected becomes one clear line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # safetensors, torch, json and what reads their contents each raise their own
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{folder}: refused: found {type(error).__name__} ({reason[:200]}), expected plain tensors and numbers of "
+            "this network, as this script saves them; go on from another checkpoint, or give another output_dir"
+        ) from error
+
+
 def read_run_state(folder: Path) -> dict:
     """The run state of a whole checkpoint."""
     return json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
@@ -238,13 +244,13 @@ def load(accelerator: Accelerator, folder: Path) -> None:
     Checkpoints end at a window's end, where Accelerate's micro-step counter starts anew; the saved one counts in the
     accumulation steps of the run that saved it.
     """
+    for file in folder.glob("random_states_*.pkl"):
+        load_pickle(file)  # of plain values only; `load_state` would pass over one that is not
     scaler = accelerator.scaler
     if scaler is not None and not (folder / "scaler.pt").exists():
         accelerator.scaler = None  # saved in another precision: this one starts with a fresh scale
     try:
         accelerator.load_state(str(folder))
-    except Exception as error:
-        raise UserError(f"{folder}: refused: {str(error).splitlines()[0]}") from error
     finally:
         accelerator.scaler = scaler
     accelerator.step = 0

@@ -68,10 +68,9 @@ def _load(source: Source, config: DataConfig, split: str, key: str, channels: in
         problems.append(f"{name}: {errors[index].as_py()}")
     if problems and (config.on_bad_image == "error" or len(problems) == len(table)):
         listed = problems[:LISTED] + ([f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else [])
-        count = f"found {len(problems)} of {len(table)} images bad"
-        raise UserError(
-            f"data.source: {config.source}: {count}; mend or remove them, or set data.on_bad_image=skip", *listed
-        )
+        advice = "mend or remove them" + (", or set data.on_bad_image=skip" if config.on_bad_image == "error" else "")
+        found = f"found {len(problems)} of {len(table)} images bad"
+        raise UserError(f"data.source: {config.source}: {found}; {advice}", *listed)
     good = np.delete(np.arange(len(table)), bad)
     labels = None if chosen.labels is None else chosen.labels[good]
     return Images(table, good, channels, resolution, labels, chosen.label_names, problems)

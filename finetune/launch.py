@@ -1,6 +1,9 @@
 """The processes of a run: the Accelerator they share, and how they stay of one mind."""
 
+import gc
 import os
+import re
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,17 +16,20 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
+from torch.distributed import DistError
+from tqdm import tqdm
 
 from finetune.config import UserError
 
 Answer = TypeVar("Answer")
+_SECRET = re.compile(r"hf_\w+|(?<=://)[^/@\s]+(?=@)")  # a token of the hub, or what stands before a host
 _ACCUMULATION_VARIABLE = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
-def count_processes() -> int:
-    """Processes of this launch, before there is an Accelerator. Of itself PartialState does not look whether the launch
-    is for the CPU, and would then take each of several processes for the only one."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
+def processes() -> PartialState:
+    """The processes of this launch, before there is an Accelerator. Of itself PartialState does not look whether the
+    launch is for the CPU, and would then take each of several processes for the only one."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def make_accelerator(output_dir: str, tracker: str | None, gradient_accumulation_steps: int) -> Accelerator:
@@ -56,28 +62,89 @@ def make_accelerator(output_dir: str, tracker: str | None, gradient_accumulation
     return accelerator
 
 
-def on_main_process(accelerator: Accelerator, ask: Callable[[], Answer]) -> Answer | None:
+def said_once(error: UserError) -> UserError:
+    """An error that all processes raise: the main one with its words, the others with none."""
+    return error if processes().is_main_process else UserError(exit_code=error.exit_code)
+
+
+def on_main_process(ask: Callable[[], Answer]) -> Answer | None:
     """Ask on the main process alone and tell every process the answer; a UserError is raised on all of them.
 
     An answer that cannot be sent (an open file, say) stays on the main process: have `ask` return None elsewhere.
     """
     outcome: list = [None, None]
-    if accelerator.is_main_process:
+    if processes().is_main_process:
         try:
             outcome[0] = ask()
         except UserError as error:
             outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise outcome[1]
+        raise said_once(outcome[1])
     return outcome[0]
 
 
-def problems_anywhere(attempt: Callable[[], None]) -> list[str]:
-    """Have every process attempt the same, and tell each of them what went wrong on any: none waits for another."""
-    problem = None
+def together(make: Callable[[], Answer]) -> Answer:
+    """What every process makes for itself; none goes on, or waits for another, after one of them could not.
+
+    Raises:
+        UserError: on all processes, after it was raised on any.
+    """
+    made = problem = None
     try:
-        attempt()
-    except (OSError, RuntimeError) as error:  # torch and safetensors wrap a full disk in errors of their own
-        problem = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-    return [found for found in gather_object([problem]) if found]
+        made = make()
+    except UserError as error:
+        problem = error
+    if problems := [found for found in gather_object([problem]) if found is not None]:
+        raise said_once(problems[0])
+    return made
+
+
+def main_process_first(make: Callable[[], Answer]) -> Answer:
+    """What every process makes for itself, the main one first: the others find the caches that it filled.
+
+    Raises:
+        UserError: on all processes, after it was raised on any.
+    """
+    is_main = processes().is_main_process
+    first = together(make if is_main else lambda: None)
+    second = together(make if not is_main else lambda: None)
+    return first if is_main else second
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """What a run ends with. Whatever its user can do something about is said in lines, without a traceback."""
+    try:
+        code = run()
+        _part()
+        return code
+    except KeyboardInterrupt:  # before there was anything to save
+        return 130
+    except (UserError, RuntimeError) as error:
+        problem = error if isinstance(error, UserError) else _lost_process(error)
+        if problem is None:
+            raise
+        for line in problem.problems:
+            tqdm.write(f"error: {_SECRET.sub('***', line)}", file=sys.stderr)  # on a line of its own below any bar
+        return problem.exit_code
+
+
+def _part() -> None:
+    """Part from the other processes, when the run's objects are gone.
+
+    If DDP's reducer is the last that holds gloo's process group, its end waits for gloo's thread, while that may wait
+    for the interpreter, which the reducer's end holds: processes that never exit, once in ten stops.
+    """
+    gc.collect()
+    processes().destroy_process_group()
+
+
+def _lost_process(error: RuntimeError) -> UserError | None:
+    """What is said when another process is gone; None if the error is about something else."""
+    if not isinstance(error, DistError) and "gloo" not in str(error):
+        return None
+    return UserError(
+        "launch: another process of this run ended, and this one cannot go on without it; its own lines say why (none: "
+        "it was killed, perhaps for want of memory). The same command goes on from the newest checkpoint",
+        exit_code=1,
+    )

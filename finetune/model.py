@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_folder
 
 from finetune.config import EMAConfig, ModelConfig, UserError
+from finetune.files import writing
 
 
 def load_model(config: ModelConfig, resolution: int | None, seed: int) -> tuple[UNet2DModel, DDPMScheduler]:
@@ -213,13 +214,17 @@ def save_pipeline(
 ) -> None:
     """Write what `DDPMPipeline.from_pretrained` loads, with its model card; the folder is whole or not there."""
     partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    DDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained(partial)
-    for picture in pictures:
-        shutil.copy(picture, partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with writing(folder):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            DDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained(partial)
+            for picture in pictures:
+                shutil.copy(picture, partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def push(folder: Path, repository: str) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from finetune.files import whole
+from finetune.files import whole, writing
 from finetune.pictures import save_png
 
 LAYOUT = {  # TensorBoard's custom scalars: what belongs together in one chart
@@ -33,10 +33,12 @@ class History:
         kept = [line for line in self._read() if line["step"] <= step]
         with whole(file) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._open = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - line-buffered for the run's life
+        with writing(file):
+            self._open = open(file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - line-buffered for the run's life
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        self._open.write(json.dumps({"step": step, **values}) + "\n")
+        with writing(self.file):
+            self._open.write(json.dumps({"step": step, **values}) + "\n")
 
     def read(self) -> list[dict]:
         return self._read()
@@ -62,7 +64,9 @@ class Report:
         self.history = History(output_dir / "metrics.jsonl", step) if self.shown else None
         # A start opens an event file of its own; what earlier ones hold from this step on is purged, not doubled.
         name = "tensorboard" if "tensorboard" in map(str, accelerator.log_with) else output_dir.name
-        accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        self.curves = output_dir / name
+        with writing(self.curves):
+            accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": step + 1}})
         boards = [tracker.writer for tracker in accelerator.trackers if tracker.name == "tensorboard" and self.shown]
         self.board = boards[0] if boards else None
         if self.board is not None and step < 0:
@@ -85,7 +89,8 @@ class Report:
     def log(self, step: int, values: dict[str, float]) -> None:
         """Scalars of one step, to the trackers and the history; JSON has no name for what is not finite."""
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        self.accelerator.log(values, step=step)
+        with writing(self.curves):
+            self.accelerator.log(values, step=step)
         if self.shown:
             self.history.add(step, values)
 
@@ -102,7 +107,8 @@ class Report:
             save_png(picture, file)
             if self.board is not None:
                 pixels = np.asarray(picture)
-                self.board.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+                with writing(self.curves):
+                    self.board.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
 
     def hyperparameters(self, values: dict[str, bool | int | float | str], metrics: dict[str, float]) -> None:
         """For TensorBoard's HPARAMS tab: a run's settings beside the last values of curves that it logged.
@@ -116,4 +122,6 @@ class Report:
     def close(self) -> None:
         """The last line of every file is on disk afterwards. Called by all processes."""
         self.bar.close()
-        self.accelerator.end_training()
+        with writing(self.curves):
+            for tracker in self.accelerator.trackers:  # `end_training` would part from the other processes too soon
+                tracker.finish()

@@ -17,7 +17,8 @@ from finetune.config import Config, UserError, to_yaml
 from finetune.data import loader_problem
 from finetune.evaluation import StopCheck, Validation, sample
 from finetune.files import whole
-from finetune.launch import on_main_process
+from finetune.folder import Lock, require_room
+from finetune.launch import on_main_process, said_once, together
 from finetune.metrics import Meters, Stopwatch, Window, WindowResult, loss_by_timestep
 from finetune.randomness import timestep
 from finetune.report import Report
@@ -62,9 +63,20 @@ class Run:
         self.state, self.meters, self.clock, self.stop = RunState(), Meters(), Stopwatch(), StopRequest()
         self.saved_step = -1  # of the newest checkpoint
         self.check_stop = StopCheck(accelerator, self.stop.requested)
-        self.lock = checkpoint.Lock(self.output_dir)
-        on_main_process(accelerator, self.lock.acquire)
+        self.lock = Lock(self.output_dir)
+        on_main_process(self._take_folder)
         checkpoint.share_weights_between_setups(accelerator)
+
+    def _take_folder(self) -> None:
+        """Hold the output folder, where there is room for what the run will write."""
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.unet.parameters())
+        size = weights * (3 if self.ema is None else 4)  # weights, AdamW's two moments, the average
+        keep, saves = self.config.checkpoint.keep, -(-self.total_steps // self.config.checkpoint.every_steps)
+        needed = checkpoint.room_needed(self.output_dir, size, keep, saves) + weights
+        what = f"checkpoints of {size:,} bytes (checkpoint.keep={keep} and the next one) and the pipeline"
+        require_room(self.output_dir, needed, what)
+        self.lock.acquire()
+        checkpoint.remove_rests(self.output_dir)
 
     @property
     def done(self) -> bool:
@@ -84,17 +96,29 @@ class Run:
         """Go back to the newest whole checkpoint, if there is one, and open the report from there on."""
         accelerator = self.accelerator
         folder = on_main_process(
-            accelerator, lambda: checkpoint.find(self.output_dir, self.config.checkpoint.resume, accelerator.print)
+            lambda: checkpoint.find(self.output_dir, self.config.checkpoint.resume, accelerator.print)
         )
         if folder is not None:
-            self._restore(folder)
-        if accelerator.is_main_process:
-            with whole(self.output_dir / "config.yaml") as partial:
-                partial.write_text(to_yaml(self.config), encoding="utf-8")
-        self.report = Report(accelerator, self.output_dir, to_yaml(self.config), self.saved_step, self.total_steps)
+            together(lambda: self._restore(folder))
+        together(self._open_report)
         self.stop.install()
 
+    def _open_report(self) -> None:
+        resolved = to_yaml(self.config)
+        if self.accelerator.is_main_process:
+            with whole(self.output_dir / "config.yaml") as partial:
+                partial.write_text(resolved, encoding="utf-8")
+        self.report = Report(self.accelerator, self.output_dir, resolved, self.saved_step, self.total_steps)
+
     def _restore(self, folder: Path) -> None:
+        with checkpoint.refusing(folder):
+            saved = self._load(folder)
+        self.accelerator.print(f"Going on from {folder}: step {self.state.step} of {self.total_steps}.")
+        for phrase in checkpoint.differences(saved["config"], self.config.model_dump(mode="json")):
+            self.accelerator.print(f"  {phrase}")
+
+    def _load(self, folder: Path) -> dict:
+        """Put back all that a checkpoint holds; returns its run state."""
         saved = checkpoint.read_run_state(folder)
         if changed := checkpoint.differences(saved["identity"], self.identity):
             raise UserError(
@@ -108,9 +132,7 @@ class Run:
             averaged = checkpoint.load_tensors(folder, "ema")
             self.ema.shadow_params = [averaged[name].to(weight.device) for name, weight in self.unet.named_parameters()]
             self.ema.optimization_step = self.state.updates
-        self.accelerator.print(f"Going on from {folder}: step {self.state.step} of {self.total_steps}.")
-        for phrase in checkpoint.differences(saved["config"], self.config.model_dump(mode="json")):
-            self.accelerator.print(f"  {phrase}")
+        return saved
 
     def recover(self, error: RuntimeError, window: Window) -> None:
         """Have the window done again in smaller micro-batches, if it was memory that ran out and nothing was updated.
@@ -150,13 +172,13 @@ class Run:
         bad = positions[~np.isfinite(result.losses)] if not np.isfinite(result.losses).all() else positions
         images = epoch_order(self.config.seed, epoch, self.num_images)[bad].tolist()
         again = f", {self.state.skipped_in_a_row + 1} updates in a row" if tolerated else ""
-        raise UserError(
+        problem = (
             f"step {self.state.step + 1}: found loss {result.losses.mean()}, gradient norm {result.grad_norm}{again}, "
             f"expected finite ones; images {images} at timesteps {self._timesteps(epoch, bad).tolist()}. Nothing was "
             "updated and the last checkpoint is whole: lower optimizer.learning_rate, look at these images, or set "
-            "training.nonfinite_loss=skip",
-            exit_code=1,
+            "training.nonfinite_loss=skip"
         )
+        raise said_once(UserError(problem, exit_code=1))
 
     def _timesteps(self, epoch: int, positions: np.ndarray | range) -> np.ndarray:
         steps, sampling = self.noise_scheduler.config.num_train_timesteps, self.config.training.timestep_sampling

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from finetune import checkpoint
 from finetune.config import UserError
+from finetune.folder import Lock
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_a_failed_save_leaves_the_last_one_and_no_rubbish(save, tmp_path, monkey
 
     for target in ("_write_manifest", "save_file"):
         monkeypatch.setattr(checkpoint, target, full)
-        with pytest.raises(UserError, match=r"checkpoint-2: not saved: No space left on device") as failure:
+        with pytest.raises(UserError, match=r"checkpoint-2: cannot be written \(No space left on device") as failure:
             save(2, keep=1)
         monkeypatch.undo()
         assert failure.value.exit_code == 1
@@ -152,24 +153,24 @@ def test_an_invalid_leftover_of_the_same_step_is_replaced(save):
 
 def test_two_runs_on_one_folder(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from finetune.checkpoint import Lock\n"
+        "import sys, time; from pathlib import Path; from finetune.folder import Lock\n"
         "lock = Lock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="another run is writing here"):
-            checkpoint.Lock(tmp_path).acquire()
+            Lock(tmp_path).acquire()
     finally:
         other.kill()
         other.wait()
-    checkpoint.Lock(tmp_path).acquire()  # a killed owner leaves nothing behind
+    Lock(tmp_path).acquire()  # a killed owner leaves nothing behind
 
 
 def test_an_output_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        checkpoint.Lock(tmp_path / "file").acquire()
+        Lock(tmp_path / "file").acquire()
 
 
 def test_differences_are_named_by_their_path():

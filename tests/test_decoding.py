@@ -87,15 +87,23 @@ def test_a_full_disk_leaves_no_unfinished_file(tmp_path, monkeypatch):
     assert decoding() == ([b"full"], 1)
 
 
-def test_what_a_killed_process_left_is_swept_up(tmp_path):
-    decoding = Decoding(tmp_path, [b"swept"])
-    with open(os.path.join(os.path.dirname(cached(decoding)), "tmpabcdef"), "w"):
-        assert len(rubbish()) == 1
-    assert decoding() == ([b"swept"], 0)
+def test_what_a_killed_process_left_makes_room_first(tmp_path):
+    decoding = Decoding(tmp_path, [b"kept", b"swept"])
+    left = os.path.join(os.path.dirname(cached(decoding)), "tmpabcdef")
+    open(left, "w").close()
+    assert rubbish() == [left]
+    seen = []
+
+    def decode(image: dict) -> dict:
+        seen.append(os.path.exists(left))
+        return echo(image)
+
+    decoded(decoding.source, "image", np.array([1]), decode, FEATURES, decoding.root, 1)
+    assert seen == [False]
     assert rubbish() == []
 
 
-@pytest.mark.parametrize("length", [0, 100, 500, -8])
+@pytest.mark.parametrize("length", [0, 100, 500, -300, -8])
 def test_a_damaged_file_is_made_again(tmp_path, length):
     """Cut anywhere; without its last 8 bytes, the mark of its end, arrow reads it as if it were whole."""
     rows = [bytes([65 + value]) * 100 for value in range(9)]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_invariance import relative_difference
 
 from finetune import data, randomness, windows
+from splits import relative_difference
 from tiny import launch, run_here, tiny_config, weights, write_pictures
 
 STEPS = 3  # 19 images in windows of 8: 8 + 8 + 3

@@ -38,6 +38,8 @@ def test_an_item_is_the_middle_square():
     wide = np.arange(2 * 6, dtype=np.uint8).reshape(2, 6, 1)
     (item,) = images(wide)
     assert (item == wide[:, 2:4]).all()
+    (item,) = images(wide.reshape(6, 2, 1))
+    assert (item == wide.reshape(6, 2, 1)[2:4]).all()
 
 
 def test_a_selection_is_a_view_with_its_own_labels_and_order():

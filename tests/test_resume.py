@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from test_invariance import moments, relative_difference
 
 from finetune.config import load_config
 from finetune.data import Batches, make_loader
 from finetune.windows import Split, WindowSampler
+from splits import moments, relative_difference
 from tiny import (
     history,
     launch,

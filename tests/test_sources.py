@@ -81,6 +81,11 @@ def test_class_folders_become_labels(tmp_path):
     assert paths(split, root) == ["cat/1.png", "cat/2.png", "dog/1.png"]
 
 
+@pytest.mark.parametrize("files", [["cat/1.png", "cat/2.png"], ["cat/1.png", "dog/young/2.png"], ["1.png", "2.png"]])
+def test_other_folders_do_not(tmp_path, files):
+    assert list(open_source(str(folder(tmp_path, *files))).splits["train"].features) == ["image"]
+
+
 def test_names_that_sound_like_splits_lose_nothing(tmp_path):
     """`datasets` alone would take train_station.jpg for the split train, and leave all others out."""
     root = folder(tmp_path / "one", "train_station.jpg", "test.jpg", "a.jpg")
@@ -113,6 +118,8 @@ def test_only_topmost_folders_are_splits_and_only_if_nothing_describes_them_all(
 def test_a_folder_may_have_any_name(tmp_path, name):
     root = folder(tmp_path / name, "x[1].png", "y.png")
     assert paths(open_source(str(root)).splits["train"], root) == ["x[1].png", "y.png"]
+    (root / "metadata.csv").write_text("file_name\nx[1].png\ny.png\n")
+    assert paths(open_source(str(root)).splits["train"], root) == ["x[1].png", "y.png"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -144,11 +151,37 @@ def test_metadata_leads_nowhere_outside_its_folder(tmp_path, name):
     assert "Invalid metadata file_name" in problem(root)
 
 
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    folder(tmp_path / "elsewhere", "a.png", "b.png")
+    root = folder(tmp_path / "photos", "c.png")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "linked" / "back").symlink_to(root)
+    (root / "gone.png").symlink_to(tmp_path / "nothing")
+    found = paths(open_source(str(root)).splits["train"], root)
+    assert found == ["c.png", "gone.png", "linked/a.png", "linked/b.png"]
+
+
+def test_a_picture_is_another_when_its_size_or_time_is(tmp_path):
+    folder(tmp_path, "a.png", "b.png")
+
+    def fingerprint() -> str:
+        return open_source(str(tmp_path)).splits["train"]._fingerprint
+
+    os.utime(tmp_path / "a.png", ns=(10**18, 10**18))
+    first = fingerprint()
+    assert fingerprint() == first
+    os.utime(tmp_path / "a.png", ns=(10**18, 10**18 + 10**6))
+    second = fingerprint()
+    (tmp_path / "a.png").write_bytes(b"longer")
+    os.utime(tmp_path / "a.png", ns=(10**18, 10**18))
+    assert len({first, second, fingerprint()}) == 3
+
+
 TABLE = pa.table({"image": [{"bytes": png(), "path": "x.png"}] * 3, "label": [2, 1, 2]})
 
 
 def test_parquet_files_by_name_glob_and_folder(tmp_path):
-    for name in ("one.parquet", "two.parquet"):
+    for name in ("one.parquet", "two[1].parquet"):
         pq.write_table(TABLE, tmp_path / name)
     (tmp_path / "README.md").write_text("# About")
     (tmp_path / "sizes.csv").write_text("a,b\n")
@@ -209,6 +242,7 @@ def test_names_in_a_tar_write_nothing(tmp_path):
     assert not os.path.exists("/finetune-escaped.png")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_in_a_tar_is_not_run(tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -233,10 +267,9 @@ def test_what_cannot_be_opened_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder(tmp_path, "notes/a.txt", "mixed/a.parquet", "mixed/b.png", "mixed/c.png", "photo.png", "table.csv")
     os.mkdir("empty")
-    assert f"found no pictures and no data files in the folder {tmp_path}/empty" in problem("empty")
-    assert "found no pictures and no data files" in problem("notes")
-    assert "found files for several readers" in problem("mixed")
-    assert "2 for imagefolder and 1 for parquet" in problem("mixed")
+    assert f"found nothing to read in the folder {tmp_path}/empty, expected files of one kind" in problem("empty")
+    assert "found nothing to read" in problem("notes")
+    assert "found 2 for imagefolder and 1 for parquet in the folder" in problem("mixed")
     assert "1 files that no one reader reads; expected digits, a folder" in problem("photo.png")
     assert "no one reader reads" in problem("*.*")
     assert f"found nothing at {tmp_path}/no/such/folder; expected" in problem("no/such/folder")

@@ -12,8 +12,8 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_model import CELEBAHQ
 
+from test_model import CELEBAHQ
 from tiny import ROOT, UNET, history, launch, run_here, tiny_config, weights, write_config, write_pictures
 
 

@@ -158,24 +158,33 @@ def let_run() -> None:
     StopRequest.requested = lambda self: self.signal is not None
 
 
+def leave_out_the_export() -> None:
+    """Further runs in this process end with their last checkpoint, without pipeline and loss curve."""
+    from finetune import model, pictures
+
+    model.save_pipeline = pictures.loss_curve = lambda *arguments: None
+
+
 def launch(
     *arguments: str | Path,
     processes: int = 1,
     script: str = "train.py",
     config_file: str | None = None,
+    mixed_precision: str = "no",
     launcher: Sequence[str] = (),
     **environment: str,
 ) -> subprocess.CompletedProcess:
     """`accelerate launch` of a script, with real processes, on the CPU; output as text.
 
     Args:
-        config_file: launch as this file says; else with `processes` and the `launcher`'s further flags.
+        config_file: launch as this file says; else with `processes`, `mixed_precision` and the `launcher`'s flags.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if config_file is not None:
         command += ["--config_file", str(ROOT / config_file)]
     else:
-        command += ["--num_machines", "1", "--num_processes", str(processes), *launcher]
+        command += ["--num_machines", "1", "--num_processes", str(processes)]
+        command += ["--mixed_precision", mixed_precision, *launcher]
         command += ["--multi_gpu"] if processes > 1 else ["--quiet"]
     command += [str(ROOT / script), *map(str, arguments)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}

@@ -22,9 +22,9 @@ from collections import Counter  # noqa: E402
 
 import matplotlib.backends.backend_agg  # noqa: E402 - once here, and not in every child
 import matplotlib.figure  # noqa: E402, F401
-from test_kill import full_config  # noqa: E402
 
 from finetune import checkpoint  # noqa: E402
+from test_kill import full_config  # noqa: E402
 from tiny import differing, history, run_in_child, write_pictures  # noqa: E402
 
 EPOCHS, STEPS = 10, 30  # of 8 + 8 + 1 images
