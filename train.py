@@ -14,6 +14,7 @@ import torch
 
 from finetune import model
 from finetune.capacity import first_split, largest_split, memory_plan
+from finetune.compute import ceilings
 from finetune.config import Config, load_config
 from finetune.data import Batches, load_images, make_loader, split_images
 from finetune.evaluation import Interrupted, Validation
@@ -22,12 +23,16 @@ from finetune.metrics import Window
 from finetune.objective import loss_per_image
 from finetune.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
 from finetune.run import Run
-from finetune.summary import plan
+from finetune.summary import ceiling, plan, split_dependence
 from finetune.windows import WindowSampler
 
 
-def main(config: Config, check: bool = False) -> int:
-    """Train, or with `check` only say what would be trained. Returns the exit code."""
+def main(config: Config, check: bool = False, measure: bool = False) -> int:
+    """Train; or with `check` only say what would be trained, with `measure` also what the machine can do.
+
+    Returns:
+        The exit code.
+    """
     training = config.training
 
     # The network, and how a window is split over processes, accumulation steps and micro-batches.
@@ -45,8 +50,12 @@ def main(config: Config, check: bool = False) -> int:
     images = main_process_first(lambda: load_images(config.data, unet.config.in_channels, unet.config.sample_size))
     train_images, held_out = split_images(images, config.data, config.seed)
     accelerator.print(plan(config, accelerator, split, unet, noise_scheduler, len(train_images), len(held_out or ())))
-    if check:
+    if layers := model.split_dependent_layers(unet):
+        accelerator.print(split_dependence(layers))
+    if check or measure:
         accelerator.print(memory_plan(unet, split.micro_batch_size, config.ema.enabled))
+        if measure:
+            accelerator.print(ceiling(ceilings(accelerator.device, accelerator.mixed_precision)))
         return 0
 
     # What is trained, and what it is fed with.
@@ -131,13 +140,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fine-tune a diffusion model on your own images.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's config (YAML)")
     parser.add_argument("--check", action="store_true", help="validate config, data and model, show the plan, and stop")
+    parser.add_argument("--measure", action="store_true", help="as --check, and measure what the machine can compute")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="keys of the config to override")
     return parser.parse_intermixed_args()
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = on_main_process(lambda: load_config(arguments.config, arguments.overrides))
-    return main(config, arguments.check)
+    return main(config, arguments.check, arguments.measure)
 
 
 if __name__ == "__main__":

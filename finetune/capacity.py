@@ -39,7 +39,8 @@ def activation_bytes(unet: UNet2DModel) -> int:
 def _forward(unet: UNet2DModel, count: int) -> torch.Tensor:
     config, weight = unet.config, next(unet.parameters())
     images = weight.new_zeros(count, config.in_channels, config.sample_size, config.sample_size)
-    return unet(images, torch.zeros(count, dtype=torch.long, device=weight.device)).sample
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):  # dropout draws
+        return unet(images, torch.zeros(count, dtype=torch.long, device=weight.device)).sample
 
 
 def memory_plan(unet: UNet2DModel, micro_batch_size: int, averaged: bool) -> str:
@@ -81,12 +82,8 @@ def largest_split(accelerator: Accelerator, unet: UNet2DModel, split: Split) -> 
     Raises:
         UserError: if not even single images fit.
     """
-    candidates = smaller_splits(split)
-    if accelerator.device.type == "cpu":
-        room = psutil.virtual_memory().available / accelerator.num_processes - state_bytes(unet, averaged=False)
-        per_image = activation_bytes(unet)
-        candidates = [each for each in candidates if each.micro_batch_size * per_image < 0.8 * room] or candidates[-1:]
-    for candidate in candidates:
+    for candidate in smaller_splits(split):
+        # One answer for all: each process has its own memory, and measures what is free at its own moment.
         if all(gather_object([_fits(accelerator, unet, candidate.micro_batch_size)])):
             return candidate
     raise UserError(
@@ -97,6 +94,10 @@ def largest_split(accelerator: Accelerator, unet: UNet2DModel, split: Split) -> 
 
 def _fits(accelerator: Accelerator, unet: UNet2DModel, size: int) -> bool:
     try:
+        if accelerator.device.type == "cpu" and size > 1:
+            room = psutil.virtual_memory().available / accelerator.num_processes - state_bytes(unet, averaged=False)
+            if size * activation_bytes(unet) > 0.8 * room:
+                return False
         moments = [torch.empty_like(parameter) for parameter in unet.parameters() for _ in range(2)]
         for _ in range(2):  # the second pass finds the first one's gradients in memory
             with accelerator.autocast():

@@ -55,6 +55,9 @@ def make_accelerator(output_dir: str, tracker: str | None, gradient_accumulation
         )
     except (ValueError, ImportError, RuntimeError) as error:  # fp16 without a GPU, a tracker that is not installed
         raise UserError(f"launch: Accelerate cannot set up what was asked for: {str(error).splitlines()[0]}") from error
+    if accelerator.mixed_precision != "no" and not accelerator.native_amp:  # which would go on in float32
+        found = f"found mixed precision {accelerator.mixed_precision} on {accelerator.device.type}"
+        raise UserError(f"launch: {found}, which has none; expected no or bf16: --mixed_precision bf16")
     if tracker is not None and not accelerator.log_with:  # which Accelerate would pass over
         raise UserError(
             f"logging.tracker: {tracker} is not installed here; pip install {tracker}, or set tensorboard or null"
@@ -124,8 +127,10 @@ def exit_code(run: Callable[[], int]) -> int:
         problem = error if isinstance(error, UserError) else _lost_process(error)
         if problem is None:
             raise
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # else it is drawn once more, below the lines that are to be the last
         for line in problem.problems:
-            tqdm.write(f"error: {_SECRET.sub('***', line)}", file=sys.stderr)  # on a line of its own below any bar
+            print(f"error: {_SECRET.sub('***', line)}", file=sys.stderr)
         return problem.exit_code
 
 

@@ -13,6 +13,7 @@ from diffusers.training_utils import EMAModel
 from finetune import checkpoint, model, pictures
 from finetune.capacity import smaller_splits
 from finetune.checkpoint import RunState
+from finetune.compute import flops_per_image
 from finetune.config import Config, UserError, to_yaml
 from finetune.data import loader_problem
 from finetune.evaluation import StopCheck, Validation, sample
@@ -202,7 +203,8 @@ class Run:
             scalars |= self.meters.add_window(result, timesteps, steps, self.sampler.split)
         if self.state.skipped:
             scalars["train/skipped_updates"] = self.state.skipped
-        if self.state.step % self.steps_per_epoch == 0 or self.done:
+        ended = self.state.step % self.steps_per_epoch == 0 or self.done
+        if ended and self.meters.epoch.images:  # none if all its updates were left out
             scalars["train/epoch_loss"] = self.meters.epoch.close()
             self.report.say(f"epoch {epoch + 1}: average loss {scalars['train/epoch_loss']:.5f}")
         if self.state.step % self.config.logging.every_steps == 0 or "train/epoch_loss" in scalars:
@@ -294,7 +296,8 @@ class Run:
             history, folder = self.report.history.read(), self.output_dir / "pipeline"
             epochs, windows = divmod(self.total_steps, self.steps_per_epoch)
             images = epochs * self.num_images + windows * self.batch
-            rows = results(history, self.state.updates, images, self.state.seconds)
+            flops = flops_per_image(self.unet)
+            rows = results(history, self.state.updates, images, self.state.seconds, flops)
             pictures.loss_curve(history, self.output_dir / "loss_curve.png")
             shown = [self.samples_file] if self.samples_file.exists() else []
             card = model_card(self.config, rows, shown[0].name if shown else None)

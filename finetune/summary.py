@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard, ModelCardData
 
+from finetune.compute import flops_per_image, in_words
 from finetune.config import Config, to_yaml
 from finetune.windows import Split, windows_per_epoch
 
@@ -44,10 +45,20 @@ def plan(
             f"accumulation steps x {split.num_processes} process(es)",
             "length": f"{total_steps} updates, {steps_per_epoch} an epoch ({total_steps / steps_per_epoch:.4g} epochs; "
             f"an epoch's last update has {last} of {batch} images)",
+            "compute": f"{in_words(flops_per_image(unet))}FLOP an image, forward and backward",
             "learning rate": f"{config.optimizer.learning_rate:g}, {config.lr_scheduler.name}, "
             f"{config.lr_scheduler.warmup_steps} updates of warm-up",
             "output": config.output_dir,
         },
+    )
+
+
+def split_dependence(layers: list[str]) -> str:
+    """That these layers of a network make a run depend on how it is split."""
+    named = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+    return (
+        "Note: this run depends on how its batches are split over micro-batches and processes, since the network has "
+        f"layers that draw at random or normalise over a micro-batch: {named}"
     )
 
 
@@ -56,9 +67,21 @@ def curve(history: list[dict], name: str) -> list[tuple[int, float]]:
     return [(line["step"], line[name]) for line in history if name in line]
 
 
-def results(history: list[dict], updates: int, images: int, seconds: float) -> dict[str, str]:
-    """What the run came to, by name, for the console and the model card."""
+def ceiling(rates: dict[str, float]) -> str:
+    """What the machine computes at the most, beside what a run achieves."""
+    measured = ", ".join(f"{in_words(rate)}FLOP/s of {kernel}" for kernel, rate in rates.items())
+    return f"Ceiling: {measured}, in one process"
+
+
+def results(history: list[dict], updates: int, images: int, seconds: float, flops: int) -> dict[str, str]:
+    """What the run came to, by name, for the console and the model card.
+
+    Args:
+        seconds: of training, without evaluations and saves.
+        flops: of one image.
+    """
     rows = {"updates": f"{updates}, {images} images in {seconds:.0f} s of training, {images / seconds:.1f} images/s"}
+    rows["compute"] = f"{in_words(flops)}FLOP an image, {in_words(flops * images / seconds)}FLOP/s on all processes"
     for title, name in {"last epoch": "train/epoch_loss", "smoothed": "train/loss_smoothed"}.items():
         if points := curve(history, name):
             rows[f"training loss, {title}"] = f"{points[-1][1]:.5f}"

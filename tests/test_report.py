@@ -29,9 +29,10 @@ def test_results_name_the_best_step_of_the_exported_weights():
         {"step": 5, "validation/loss": 0.1, "validation/loss_ema": 0.5},
         {"step": 9, "validation/loss": 0.2, "validation/loss_ema": 0.6},
     ]
-    rows = results(history, 9, 72, 4.0)
+    rows = results(history, 9, 72, 4.0, 2_500_000_000)
     assert rows["validation loss"] == "0.60000, from 1.00000; best 0.50000 at step 5"
     assert rows["updates"] == "9, 72 images in 4 s of training, 18.0 images/s"
+    assert rows["compute"] == "2.5 GFLOP an image, 45 GFLOP/s on all processes"
 
 
 def test_advice_comes_near_the_noise_scale():

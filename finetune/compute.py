@@ -1,0 +1,69 @@
+"""What training costs in arithmetic, and how much of it the machine can do at the most."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def flops_per_image(unet: UNet2DModel) -> int:
+    """Floating-point operations of one image through the network, forward and backward, by torch's counter.
+
+    A multiplication and an addition are two. Counted on a copy without memory, so that nothing goes through the network
+    itself; what gradient checkpointing computes again is not counted.
+    """
+    with torch.device("meta"):
+        shapes = UNet2DModel.from_config(unet.config)
+        image = torch.empty(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        with FlopCounterMode(display=False) as counter:
+            shapes(image, torch.empty(1)).sample.sum().backward()
+    return counter.get_total_flops()
+
+
+def ceilings(device: torch.device, mixed_precision: str) -> dict[str, float]:
+    """Floating-point operations a second of one process with this machine's own kernels, measured in a second or two.
+
+    Args:
+        mixed_precision: as Accelerate names it; `no` is float32.
+
+    Returns:
+        `matmul`, of two square matrices; `convolution`, 3 x 3 over 16 images, the same number of channels in and out.
+    """
+    dtype, large = _DTYPES[mixed_precision], device.type != "cpu"
+    n = 8192 if large else 1024
+    matrix = torch.randn(n, n, device=device, dtype=dtype)
+    channels, size = (512, 64) if large else (128, 32)
+    images = torch.randn(16, channels, size, size, device=device, dtype=dtype)
+    kernel = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+    return {
+        "matmul": _rate(lambda: matrix @ matrix, 2 * n**3, device),
+        "convolution": _rate(
+            lambda: torch.nn.functional.conv2d(images, kernel, padding=1), 2 * 9 * images.numel() * channels, device
+        ),
+    }
+
+
+@torch.no_grad()
+def _rate(compute: Callable[[], Tensor], flops: int, device: torch.device) -> float:
+    """The best of some rounds: what else the machine does is not the kernel's."""
+    fastest = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        compute()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - started)
+    return flops / fastest
+
+
+def in_words(flops: float) -> str:
+    """A number of operations with its prefix: 2.5e9 is `2.5 G`."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if flops >= size:
+            return f"{flops / size:.3g} {prefix}"
+    return f"{flops / 1e6:.3g} M"

@@ -1,0 +1,50 @@
+"""The arithmetic of training, counted, and the machine's ceiling, measured."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune import compute
+from finetune.compute import ceilings, flops_per_image, in_words
+from tiny import UNET
+
+CONVOLUTIONS = UNET | {"add_attention": False}  # whose kernels differ in what they compute again for the gradient
+
+
+def test_the_count_is_that_of_the_network_itself_which_stays_as_it_was():
+    unet = UNet2DModel(**CONVOLUTIONS)
+    before = copy.deepcopy(unet.state_dict())
+    counted = flops_per_image(unet)
+    assert all(parameter.grad is None for parameter in unet.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    unet.enable_gradient_checkpointing()
+    assert flops_per_image(unet) == counted  # the arithmetic of the result, not of the way to it
+    unet.disable_gradient_checkpointing()
+    with FlopCounterMode(display=False) as counter:
+        unet(torch.zeros(3, 1, 8, 8), torch.zeros(3)).sample.sum().backward()
+    assert counter.get_total_flops() == 3 * counted
+    # Its first convolution alone: 64 places x 8 channels x 9 weights, twice, forward and for the weights' gradient.
+    first = counter.get_flop_counts()["UNet2DModel.conv_in"]
+    assert first[torch.ops.aten.convolution] == first[torch.ops.aten.convolution_backward] == 3 * 2 * 64 * 8 * 9
+
+
+def test_twice_the_pixels_is_four_times_the_convolutions():
+    """The timestep's embedding does not grow."""
+    networks = (UNet2DModel(**CONVOLUTIONS | {"sample_size": size}) for size in (8, 16, 32))
+    small, middle, large = map(flops_per_image, networks)
+    assert large - middle == 4 * (middle - small)
+
+
+def test_a_rate_is_the_work_of_the_fastest_round(monkeypatch):
+    clock = iter([0, 4, 4, 6] + [float(time) for time in range(10, 500, 5) for _ in range(1)])
+    monkeypatch.setattr(compute.time, "perf_counter", lambda: next(clock))
+    rates = ceilings(torch.device("cpu"), "no")
+    assert rates["matmul"] == 2 * 1024**3 / 2  # rounds of 4 s, 2 s, then 5 s each
+    assert rates["convolution"] == pytest.approx(2 * 9 * 16 * 128 * 128 * 32 * 32 / 5)
+
+
+def test_operations_in_words():
+    assert [in_words(number) for number in (2.5e6, 1e9, 1.49e12, 3e15)] == ["2.5 M", "1 G", "1.49 T", "3 P"]

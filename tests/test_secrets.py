@@ -1,0 +1,87 @@
+"""Names from a dataset become no paths, and a token is in nothing that a run leaves or says."""
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_sources import png
+from trouble import said, script
+
+from finetune import model
+from tiny import tiny_config, write_config, write_pictures
+
+TOKEN = "hf_" + "aBcDeFgHiJ" * 3
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    config = tiny_config(write_pictures(base / "pictures", 8), base / "run", training__num_epochs=1)
+    write_config(base / "config.yaml", config)
+    return base
+
+
+NAMES = ["../../evil.png", "/tmp/evil/evil.png", "../evil", "a\x1b[2J\n.png"]
+
+
+def test_names_in_a_dataset_become_no_paths(base, tmp_path):
+    inside = tmp_path / "a/b"
+    inside.mkdir(parents=True)
+    table = pa.table({"image": [{"bytes": png(), "path": name} for name in NAMES * 2], "label": NAMES * 2})
+    pq.write_table(table, inside / "../../evil.parquet")
+    arguments = ("--config", base / "config.yaml", f"data.source={tmp_path / 'evil.parquet'}")
+    arguments += ("data.label_column=label", "samples.count=1", f"output_dir={inside / 'run'}")
+    done = script(*arguments, folder=base)
+    assert done.returncode == 0, done.stderr
+    outside = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if inside / "run" not in path.parents}
+    assert set(map(str, outside)) == {"a", "a/b", "a/b/run", "evil.parquet"}
+    assert not [path for path in inside.rglob("*") if "evil" in path.name or "\x1b" in path.name]
+    assert not os.path.exists("/tmp/evil")
+
+
+def traces(run, outcome):
+    """Where the token can be read."""
+    files = [file for file in run.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
+    return files + [name for name in ("stdout", "stderr") if TOKEN in getattr(outcome, name)]
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_token_is_nowhere(base, tmp_path, monkeypatch, reached):
+    run = tmp_path / "run"
+
+    def hub(*arguments, **keywords):
+        if not reached:
+            raise ConnectionError(f"401 for https://user:{os.environ['HF_TOKEN']}@huggingface.co, or {TOKEN}")
+
+    def before():
+        model.create_repo = model.upload_folder = hub
+
+    arguments = ("--config", base / "config.yaml", f"output_dir={run}", "export.push_to_hub=somebody/digits")
+    arguments += ("logging.tracker=tensorboard",)
+    outcome = script(*arguments, folder=tmp_path, before=before, HF_TOKEN=TOKEN)
+    if reached:
+        assert outcome.returncode == 0, outcome.stderr
+    else:
+        assert said(outcome, 1).startswith("export.push_to_hub: somebody/digits: the hub did not take ")
+    assert (run / "pipeline/README.md").exists()
+    assert traces(run, outcome) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.pretrained=https://user:{}@huggingface.co/somebody/digits",
+        "data.source=https://{}@huggingface.co/datasets/somebody/digits",
+        "export.push_to_hub=https://{}@huggingface.co/somebody/digits",
+        "export.push_to_hub={}",
+        "hub_token={}",
+    ],
+)
+def test_a_token_in_a_config_is_refused_and_not_repeated(base, tmp_path, change):
+    more = ("model.unet=null",) if change.startswith("model") else ()
+    arguments = ("--config", base / "config.yaml", f"output_dir={tmp_path / 'run'}", change.format(TOKEN), *more)
+    outcome = script(*arguments, folder=tmp_path)
+    assert said(outcome, 2)
+    assert traces(tmp_path / "run", outcome) == []
+    assert not (tmp_path / "run").exists()
