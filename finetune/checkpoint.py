@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def save(
     try:
         together(write)
         together(publish)
-    except UserError:
+    except Exception:  # a data worker's death among them, which torch raises wherever its signal comes
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -132,10 +133,13 @@ def room_needed(output_dir: Path, size: int, keep: int, saves: int) -> int:
 
 
 def _write_manifest(folder: Path, step: int) -> None:
-    files = {}
-    for file in sorted(folder.iterdir()):
-        files[file.name] = {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
+    def settle(file: Path) -> tuple[str, dict]:
+        checksum = _checksum(file)
         _sync(file)
+        return file.name, {"bytes": file.stat().st_size, "xxh3_128": checksum}
+
+    with ThreadPoolExecutor() as threads:  # the disk takes one file while another is summed
+        files = dict(threads.map(settle, sorted(folder.iterdir())))
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"step": step, "files": files}, indent=2), encoding="utf-8")
     _sync(manifest)

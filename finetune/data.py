@@ -6,7 +6,9 @@ What a batch holds depends on its slots alone, not on the process or worker that
 import os
 import signal
 import threading
+import time
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import torch
@@ -187,18 +189,24 @@ class _Parcel:
     """A batch on its way out of a worker, a dict again when it arrives.
 
     A tensor travels in a block of shared memory of its own, at about half a millisecond; one number a slot goes faster
-    through the pipe.
+    through the pipe. Packed at once: the queue's thread would drop one that finds no room, and all would wait for it.
     """
 
     def __init__(self, batch: dict[str, torch.Tensor]):
-        self.batch = batch
+        self.numbers = {name: tensor.numpy() for name, tensor in batch.items() if tensor.dim() == 1}
+        shared = {name: tensor for name, tensor in batch.items() if name not in self.numbers}
+        self.packed = bytes(ForkingPickler.dumps(shared))
 
     def __reduce__(self) -> tuple:
-        numbers = {name: tensor.numpy() for name, tensor in self.batch.items() if tensor.dim() == 1}
-        return _unpack, ({name: tensor for name, tensor in self.batch.items() if name not in numbers}, numbers)
+        return _unpack, (self.packed, self.numbers)
 
 
-def _unpack(shared: dict[str, torch.Tensor], numbers: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+def _unpack(packed: bytes, numbers: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    try:
+        shared = ForkingPickler.loads(packed)
+    except (OSError, EOFError) as error:  # the worker that holds the memory is gone
+        time.sleep(1)  # its end is told by a signal, which raises here instead of in the middle of what follows
+        raise RuntimeError("DataLoader worker exited unexpectedly") from error
     return shared | {name: torch.from_numpy(values) for name, values in numbers.items()}
 
 

@@ -1,6 +1,7 @@
 """The processes of a run: the Accelerator they share, and how they stay of one mind."""
 
 import gc
+import multiprocessing
 import os
 import re
 import sys
@@ -118,7 +119,11 @@ def main_process_first(make: Callable[[], Answer]) -> Answer:
 def exit_code(run: Callable[[], int]) -> int:
     """What a run ends with. Whatever its user can do something about is said in lines, without a traceback."""
     try:
-        code = run()
+        try:
+            code = run()
+        finally:  # torch would wait five seconds for each: the queue that tells a worker to end goes before it
+            for worker in multiprocessing.active_children():
+                worker.terminate()
         _part()
         return code
     except KeyboardInterrupt:  # before there was anything to save

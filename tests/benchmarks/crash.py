@@ -59,6 +59,8 @@ def where(run: Path) -> str:
         return "starting"
     steps = [line["step"] for line in history(run)] if (run / "metrics.jsonl").read_text().endswith("\n") else [-1]
     done = max(steps, default=0)
+    if done == STEPS:
+        return "after the last update"
     return "before the first update" if done <= 0 else f"updates {done // 10 * 10 + 1:02} to {done // 10 * 10 + 10}"
 
 

@@ -15,36 +15,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse  # noqa: E402
 import tempfile  # noqa: E402
 
-from splits import REFERENCE, SPLITS, TAILS, Case, differences, run_cases, slots, steps_of  # noqa: E402
+from splits import Case, differences, every_case, run_cases, slots  # noqa: E402
 
 COLUMNS = {"loss": "train/loss", "gradient norm": "train/grad_norm", "weights": "model", "averaged": "ema"}
 
 
 def main(short: bool) -> None:
-    precisions = ["float32"] if short else ["float64", "float32", "bf16"]
-    tails = [5] if short else list(TAILS)
-    splits = [split for split in SPLITS if not short or split in (REFERENCE, "1 x 2 x 4")]
-    cases = [Case(precision, split, images) for precision in precisions for split in splits for images in tails]
+    cases = [case for precision in ("float64", "float32", "bf16") for case in every_case(precision)]
+    if short:
+        cases = cases[:1]
     with tempfile.TemporaryDirectory() as folder:
         runs = run_cases(Path(folder), cases)
-        print(f"Largest over {len(tails)} tails (last windows of {', '.join(TAILS[images] for images in tails)}):\n")
-        print(
-            f"| processes x micro-batch x steps | precision | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}"
-        )
-        for precision in precisions:
-            for split in splits:
-                if split != REFERENCE:
-                    figures = " | ".join(largest(runs, precision, split, tails))
-                    print(f"| {split} | {precision} | {figures} |")
+        print(f"| processes x micro-batch x steps | precision | runs | {' | '.join(COLUMNS)} |")
+        print("|---|---|" + (1 + len(COLUMNS)) * "---:|")
+        for precision, split in dict.fromkeys((case.precision, case.split) for case in cases):
+            same = [case for case in cases if (case.precision, case.split) == (precision, split)]
+            figures = " | ".join(largest(runs, same))
+            print(f"| {' x '.join(map(str, split))} | {precision} | {len(same)} | {figures} |")
 
 
-def largest(runs: dict[Case, Path], precision: str, split: str, tails: list[int]) -> list[str]:
+def largest(runs: dict[Case, Path], cases: list[Case]) -> list[str]:
     """Per column, the largest relative difference from the reference over the tails; what went in has to be equal."""
     found = []
-    for images in tails:
-        reference, other = runs[Case(precision, REFERENCE, images)], runs[Case(precision, split, images)]
-        assert slots(other) == slots(reference)
-        found.append(differences(reference, other, steps_of(images)))
+    for case in cases:
+        assert slots(runs[case]) == slots(runs[case.reference])
+        found.append(differences(runs[case.reference], runs[case], case.updates))
     return [f"{max(each[name] for each in found):.1e}" for name in COLUMNS.values()]
 
 

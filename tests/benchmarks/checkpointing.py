@@ -1,0 +1,122 @@
+"""What a save costs beside a plain write of the same bytes, and how soon a run is at work, fresh or resumed.
+
+python tests/benchmarks/checkpointing.py            # under three minutes on two CPU cores
+python tests/benchmarks/checkpointing.py --short    # the smallest of sizes: does it run
+"""
+
+import argparse
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from statistics import median
+
+import torch
+from bare import FOLDER, ROOT, head, ratio, row, run_config, seconds, unet_config
+
+import train
+from finetune import checkpoint
+
+QUICK = ["--config", "configs/digits.yaml", "validation.every_steps=100000", "samples.count=0"]
+LONG = "training.max_train_steps=1000"
+BARE = """
+import accelerate, datasets, torch
+from diffusers import DDPMScheduler, UNet2DModel
+UNet2DModel.from_pretrained("configs/digits-base", subfolder="unet")
+"""
+
+
+def plain_write(source: Path, target: Path) -> float:
+    """Seconds to write and sync a folder's bytes, one file after the other."""
+    contents = {file.name: file.read_bytes() for file in source.iterdir()}
+    target.mkdir()
+
+    def write() -> None:
+        for name, content in contents.items():
+            with open(target / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+
+    spent = seconds(write)
+    shutil.rmtree(target)
+    return spent
+
+
+def saving(unet: dict, rounds: int) -> None:
+    found, sizes, save = [], [], checkpoint.save
+
+    def taking_turns(accelerator, output_dir, *arguments) -> Path:
+        started = time.perf_counter()
+        folder = save(accelerator, output_dir, *arguments)
+        spent = time.perf_counter() - started
+        sizes.append(sum(file.stat().st_size for file in folder.iterdir()))
+        found.append((spent, plain_write(folder, output_dir / "plain")))
+        return folder
+
+    checkpoint.save = taking_turns
+    config = run_config(
+        "saving", unet, 8, training__micro_batch_size=1, training__gradient_accumulation_steps=1,
+        training__num_epochs=None, training__max_train_steps=rounds + 1, checkpoint__every_steps=1,
+    )  # fmt: skip
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        train.main(config)
+    checkpoint.save = save
+    save_seconds, plain_seconds = (median(times) for times in zip(*found[1:], strict=True))
+    size = f"{sizes[0] / 1e6:.0f} MB: {save_seconds:.2f} : {plain_seconds:.2f} s"
+    row("a save over a plain write and sync", size, ratio(found[1:]), "1.5")
+    row("saves at the default interval, updates of 0.4 s", f"{100 * save_seconds / (500 * 0.4):.2f} %", None, "1 %")
+
+
+def first_update(output_dir: Path, *overrides: str) -> float:
+    """Seconds from the command to the first logged update of this start."""
+    file, started = output_dir / "metrics.jsonl", time.perf_counter()
+    lines = len(file.read_text().splitlines()) if file.exists() else 0
+    command = [sys.executable, "train.py", *QUICK, f"output_dir={output_dir}", LONG, *overrides]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not file.exists() or len(file.read_text().splitlines()) <= lines:
+            assert process.poll() is None, f"{command} ended with {process.returncode}"
+            time.sleep(0.01)
+        spent = time.perf_counter() - started
+        process.kill()
+    return spent
+
+
+def starting(rounds: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    base = Path(FOLDER.name, "resumed")
+    done = ["training.max_train_steps=60", "checkpoint.every_steps=60", "data.validation_fraction=0"]
+    command = [sys.executable, "train.py", *QUICK, f"output_dir={base}", *done]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    fresh, resumed = [], []
+    for number in range(rounds):
+        bare = seconds(lambda: subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, check=True, capture_output=True))
+        start = first_update(Path(FOLDER.name, f"fresh-{number}"), "data.num_workers=0", "data.validation_fraction=0")
+        again = Path(shutil.copytree(base, Path(FOLDER.name, f"resumed-{number}")))
+        going_on = first_update(again, "data.num_workers=0", "data.validation_fraction=0")
+        fresh.append((start, bare))
+        resumed.append((going_on, start))
+    times = [median(column) for column in zip(*fresh, strict=True)]
+    row(
+        "command to first update over bare imports and model", f"{times[0]:.1f} : {times[1]:.1f} s", ratio(fresh), "1.3"
+    )
+    row("resumed at update 60 over fresh", f"{median(t for t, _ in resumed):.1f} s", ratio(resumed), "1.1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="the smallest of sizes, to see that it runs")
+    short = parser.parse_args().short
+    torch.set_num_threads(1)
+    head("saving and starting")
+    saving(unet_config((8, 16), 8) if short else unet_config((64, 128, 176), 8), 2 if short else 8)
+    starting(1 if short else 5)
+
+
+if __name__ == "__main__":
+    with FOLDER:
+        main()
