@@ -54,12 +54,13 @@ def tell(*numbers):
 @pytest.mark.parametrize(
     ("number", "call", "finished", "saved"),
     [
-        # Forward passes: 2 of the first validation (plain, averaged), 2 of sampling, 1 of the strip, 2 of each update.
-        (signal.SIGTERM, 1, 1, 0),
-        (signal.SIGINT, 3, 3, 0),
-        (signal.SIGTERM, 6, 7, 1),
-        (signal.SIGINT, 6, 7, 1),
-        (signal.SIGUSR1, 7, 7, 1),
+        # Forward passes: 1 that counts operations, 2 of the first validation (plain, averaged), 2 of sampling, 1 of the
+        # strip, 2 of each update.
+        (signal.SIGTERM, 2, 2, 0),
+        (signal.SIGINT, 4, 4, 0),
+        (signal.SIGTERM, 7, 8, 1),
+        (signal.SIGINT, 7, 8, 1),
+        (signal.SIGUSR1, 8, 8, 1),
     ],
 )
 def test_one_step_more_at_the_most(base, tmp_path, number, call, finished, saved):
@@ -88,7 +89,7 @@ def test_before_there_is_anything_to_save(base, tmp_path, moment):
 
 
 @pytest.mark.parametrize("told", [(1,), (0, 1)])
-@pytest.mark.parametrize("call", [2, 6])  # of a process's own forward passes: in sampling, in the first update
+@pytest.mark.parametrize("call", [3, 7])  # of a process's own forward passes: in sampling, in the first update
 def test_one_of_two_stops_both_in_step(base, tmp_path, told, call):
     def before(process):
         if process in told:
@@ -110,7 +111,7 @@ def test_one_of_two_stops_both_in_step(base, tmp_path, told, call):
 def test_one_of_two_is_killed(base, tmp_path, killed):
     def before(process):
         if process == killed:
-            at_call(UNet2DModel, "forward", 12, partial(tell, signal.SIGKILL))
+            at_call(UNet2DModel, "forward", 13, partial(tell, signal.SIGKILL))
 
     arguments = ("--config", base / "two.yaml", f"output_dir={tmp_path / 'run'}")
     outcomes = [each.wait(20) for each in two(*arguments, folder=tmp_path, before=before)]
