@@ -45,6 +45,8 @@ class Script:
             os.dup2(sys.stderr.fileno(), 2)
             os.environ |= environment
             forget_processes()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # of runs in the process that forked
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             before()
             sys.argv = ["train.py", *map(str, arguments)]
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
