@@ -119,15 +119,9 @@ def main_process_first(make: Callable[[], Answer]) -> Answer:
 def exit_code(run: Callable[[], int]) -> int:
     """What a run ends with. Whatever its user can do something about is said in lines, without a traceback."""
     try:
-        try:
-            code = run()
-        finally:  # torch would wait five seconds for each: the queue that tells a worker to end goes before it
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-        _part()
-        return code
+        code = run()
     except KeyboardInterrupt:  # before there was anything to save
-        return 130
+        code = 130
     except (UserError, RuntimeError) as error:
         problem = error if isinstance(error, UserError) else _lost_process(error)
         if problem is None:
@@ -136,7 +130,13 @@ def exit_code(run: Callable[[], int]) -> int:
             bar.close()  # else it is drawn once more, below the lines that are to be the last
         for line in problem.problems:
             print(f"error: {_SECRET.sub('***', line)}", file=sys.stderr)
-        return problem.exit_code
+        code = problem.exit_code
+        del problem  # with its traceback, which holds the run's objects
+    finally:  # torch would wait five seconds for each: the queue that tells a worker to end goes before it
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+    _part()
+    return code
 
 
 def _part() -> None:

@@ -58,6 +58,12 @@ if __name__ == "__main__":
     parser.add_argument("--stop-after", type=int, metavar="UPDATES", help="end each run as a signal would")
     parser.add_argument("files", nargs="*", metavar="CONFIG")
     arguments = parser.parse_args()
-    run(arguments.files, arguments.stop_after)
-    torch.set_default_dtype(torch.float64)  # before anything is built
-    run(arguments.float64, arguments.stop_after)
+    from finetune.launch import exit_code
+
+    def run_all() -> int:
+        run(arguments.files, arguments.stop_after)
+        torch.set_default_dtype(torch.float64)  # before anything is built
+        run(arguments.float64, arguments.stop_after)
+        return 0
+
+    sys.exit(exit_code(run_all))
