@@ -14,7 +14,7 @@ import torch
 
 from finetune import model
 from finetune.capacity import first_split, largest_split, memory_plan
-from finetune.compute import ceilings
+from finetune.compute import ceilings, flops_per_image
 from finetune.config import Config, load_config
 from finetune.data import Batches, load_images, make_loader, split_images
 from finetune.evaluation import Interrupted, Validation
@@ -49,7 +49,9 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     # The images, and how many updates they make.
     images = main_process_first(lambda: load_images(config.data, unet.config.in_channels, unet.config.sample_size))
     train_images, held_out = split_images(images, config.data, config.seed)
-    accelerator.print(plan(config, accelerator, split, unet, noise_scheduler, len(train_images), len(held_out or ())))
+    flops = flops_per_image(unet)
+    counts = len(train_images), len(held_out or ())
+    accelerator.print(plan(config, accelerator, split, unet, noise_scheduler, *counts, flops))
     if layers := model.split_dependent_layers(unet):
         accelerator.print(split_dependence(layers))
     if check or measure:
@@ -126,13 +128,13 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
                     if run.done:
                         break
                     window = Window(sampler.split)
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:  # the second: no room for the workers' queues
                 losses = prediction = None  # their graph holds the memory that was asked for
                 run.recover(error, window)  # and the same window again, if that is possible
     except Interrupted:
         run.interrupt()
         return run.stop.exit_code
-    run.finish()
+    run.finish(flops)
     return 0
 
 

@@ -7,14 +7,18 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers import UNet2DModel
 
-from finetune.config import TrainingConfig, UserError, micro_batch_candidates, plan_batch
+from finetune.config import TrainingConfig, micro_batch_candidates, plan_batch
+from finetune.errors import UserError
 from finetune.windows import Split
+
+
+def weight_bytes(unet: UNet2DModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
 
 
 def state_bytes(unet: UNet2DModel, averaged: bool) -> int:
     """Bytes that training holds throughout: weights, gradients, AdamW's two moments, and the moving average."""
-    copies = 5 if averaged else 4
-    return copies * sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
+    return (5 if averaged else 4) * weight_bytes(unet)
 
 
 def activation_bytes(unet: UNet2DModel) -> int:

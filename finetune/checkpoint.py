@@ -6,28 +6,27 @@ only then are older ones pruned. A folder without a manifest that its files matc
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
 from accelerate import Accelerator
 from accelerate.utils import load as load_pickle
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.config import UserError
+from finetune import manifest
+from finetune.errors import UserError, first_line
 from finetune.files import writing
 from finetune.launch import together
 
-MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_OWN_FILES = re.compile(r"(model|ema)\.safetensors|optimizer\.bin|scaler\.pt|random_states_\d+\.pkl|run_state\.json")
+_OWN_FILES = re.compile(
+    r"(model|ema)\.safetensors|optimizer\.bin|scaler\.pt|random_states_\d+\.pkl|run_state\.json|manifest\.json"
+)
 _PARTIAL, _PRUNED = ".checkpoint.partial", ".checkpoint.pruned"
 
 
@@ -98,11 +97,11 @@ def save(
     @writing(folder)
     def publish() -> None:
         if accelerator.is_main_process:
-            _write_manifest(temporary, step)
+            manifest.seal(temporary, step)
             if folder.exists():  # one that resuming passed over
                 shutil.rmtree(folder)
             temporary.rename(folder)
-            _sync(output_dir)
+            manifest.sync(output_dir)
 
     try:
         together(write)
@@ -132,57 +131,10 @@ def room_needed(output_dir: Path, size: int, keep: int, saves: int) -> int:
     return size * min(saves, max(keep + 1 - len(_by_step(output_dir)), 1)) - free_soon
 
 
-def _write_manifest(folder: Path, step: int) -> None:
-    def settle(file: Path) -> tuple[str, dict]:
-        checksum = _checksum(file)
-        _sync(file)
-        return file.name, {"bytes": file.stat().st_size, "xxh3_128": checksum}
-
-    with ThreadPoolExecutor() as threads:  # the disk takes one file while another is summed
-        files = dict(threads.map(settle, sorted(folder.iterdir())))
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"step": step, "files": files}, indent=2), encoding="utf-8")
-    _sync(manifest)
-    _sync(folder)
-
-
-def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(file, "rb") as content:
-        while chunk := content.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def flaw(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, in a few words; None where each file is as its manifest says."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, expected in files.items():
-            file = folder / Path(name).name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != expected["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-            if _checksum(file) != expected["xxh3_128"]:
-                return f"{name} is not what was written"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"its {MANIFEST} cannot be read ({error})"
-    found = {file.name for file in folder.iterdir()} - {MANIFEST}
-    if unlisted := found - set(files):
-        return f"{min(unlisted)} is not in its {MANIFEST}"
-    foreign = [name for name in sorted(found) if not _OWN_FILES.fullmatch(name)]
-    return f"{foreign[0]} is no file of a checkpoint" if foreign else None
+    foreign = [file.name for file in folder.glob("*") if not _OWN_FILES.fullmatch(file.name)]
+    return manifest.flaw(folder) or (f"{min(foreign)} is no file of a checkpoint" if foreign else None)
 
 
 def find(output_dir: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
@@ -230,10 +182,10 @@ def refusing(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # safetensors, torch, json and what reads their contents each raise their own
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
-            f"{folder}: refused: found {type(error).__name__} ({reason[:200]}), expected plain tensors and numbers of "
-            "this network, as this script saves them; go on from another checkpoint, or give another output_dir"
+            f"{folder}: refused: found {type(error).__name__} ({first_line(error)}), expected plain tensors and "
+            "numbers of this network, as this script saves them; go on from another checkpoint, or give another "
+            "output_dir"
         ) from error
 
 

@@ -14,23 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, Valid
 from pydantic.fields import FieldInfo
 
 from finetune import plain_yaml
+from finetune.errors import UserError
 
 COMMAND_LINE = "command line"
-
-
-class UserError(Exception):
-    """A mistake of the user's, or the world's: one clear line a problem, and never a traceback."""
-
-    def __init__(self, *problems: str, exit_code: int = 2):
-        super().__init__(*problems)
-        self.exit_code = exit_code
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        return self.args
-
-    def __str__(self) -> str:
-        return "\n".join(self.problems)
 
 
 class ConfigError(UserError):

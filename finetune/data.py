@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from finetune import randomness, windows
-from finetune.config import DataConfig, UserError
+from finetune.config import DataConfig
 from finetune.decoding import decoded
+from finetune.errors import UserError
 from finetune.images import BadImageError, check_format, decode, quiet
 from finetune.pixels import FEATURES, FORMAT, Images, error_row, pixel_row
 from finetune.selection import select
@@ -227,7 +228,7 @@ def _obey_the_main_process() -> None:
     os._exit(0)
 
 
-def loader_problem(error: RuntimeError) -> UserError | None:
+def loader_problem(error: RuntimeError | OSError) -> UserError | None:
     """What a user can do about an error out of the loader; None if it is none of the loader's workers."""
     text = str(error)
     if "Bus error" in text or "shared memory" in text or "No space left on device" in text:

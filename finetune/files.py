@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from finetune.config import UserError
+from finetune.errors import UserError
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import IO
 
-from finetune.config import UserError
+from finetune.errors import UserError
 
 
 class Lock:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
-from finetune.config import UserError
+from finetune.errors import UserError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # what a network of so many channels is fed
 # Plugins that only decode: EPS, for one, would start Ghostscript on a stranger's program.

@@ -20,7 +20,7 @@ from accelerate.utils import (
 from torch.distributed import DistError
 from tqdm import tqdm
 
-from finetune.config import UserError
+from finetune.errors import UserError, first_line
 
 Answer = TypeVar("Answer")
 _SECRET = re.compile(r"hf_\w+|(?<=://)[^/@\s]+(?=@)")  # a token of the hub, or what stands before a host
@@ -55,7 +55,7 @@ def make_accelerator(output_dir: str, tracker: str | None, gradient_accumulation
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except (ValueError, ImportError, RuntimeError) as error:  # fp16 without a GPU, a tracker that is not installed
-        raise UserError(f"launch: Accelerate cannot set up what was asked for: {str(error).splitlines()[0]}") from error
+        raise UserError(f"launch: Accelerate cannot set up what was asked for: {first_line(error)}") from error
     if accelerator.mixed_precision != "no" and not accelerator.native_amp:  # which would go on in float32
         found = f"found mixed precision {accelerator.mixed_precision} on {accelerator.device.type}"
         raise UserError(f"launch: {found}, which has none; expected no or bf16: --mixed_precision bf16")

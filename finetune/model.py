@@ -18,7 +18,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_folder
 
-from finetune.config import EMAConfig, ModelConfig, UserError
+from finetune.config import EMAConfig, ModelConfig
+from finetune.errors import UserError, first_line
 from finetune.files import writing
 
 
@@ -69,7 +70,7 @@ def _load_pretrained(name: str) -> tuple[UNet2DModel, dict]:
         )
     except Exception as error:  # diffusers, safetensors and torch each raise their own for an unreadable file
         raise UserError(
-            f"model.pretrained: {unet_folder}: the weights cannot be loaded safely ({_first_line(error)}); expected "
+            f"model.pretrained: {unet_folder}: the weights cannot be loaded safely ({first_line(error)}); expected "
             "diffusion_pytorch_model.safetensors, or a .bin of plain tensors, that fits config.json"
         ) from error
     wrong = [f"{len(names)} {kind.replace('_', ' ')}" for kind, names in report.items() if names]
@@ -83,7 +84,7 @@ def _download(name: str) -> Path:
         return Path(DDPMPipeline.download(name))
     except Exception as error:  # the hub's client has a dozen, from a malformed id to no route to the host
         raise UserError(
-            f"model.pretrained: {name!r} is no folder here, and the hub did not give it ({_first_line(error)}); give a "
+            f"model.pretrained: {name!r} is no folder here, and the hub did not give it ({first_line(error)}); give a "
             "folder of a DDPM pipeline or a hub id, and check the connection and the login"
         ) from error
 
@@ -93,7 +94,7 @@ def _read_json(file: Path, name: str, expected: str) -> dict:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.pretrained: {name}: {file.name} cannot be read ({_first_line(error)}); expected {expected}"
+            f"model.pretrained: {name}: {file.name} cannot be read ({first_line(error)}); expected {expected}"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"model.pretrained: {name}: {file.name} holds no mapping; expected {expected}")
@@ -109,7 +110,7 @@ def _build_unet(config: dict[str, Any], seed: int) -> UNet2DModel:
         try:
             return UNet2DModel(**config)
         except Exception as error:  # whatever a wrong value runs into
-            raise UserError(f"model.unet: UNet2DModel cannot be built from it: {_first_line(error)}") from error
+            raise UserError(f"model.unet: UNet2DModel cannot be built from it: {first_line(error)}") from error
 
 
 def _build_noise_scheduler(pretrained: dict, overrides: dict[str, Any]) -> DDPMScheduler:
@@ -117,7 +118,7 @@ def _build_noise_scheduler(pretrained: dict, overrides: dict[str, Any]) -> DDPMS
     try:
         noise_scheduler = DDPMScheduler.from_config({**pretrained, **overrides})
     except Exception as error:
-        raise UserError(f"model.noise_scheduler: DDPMScheduler cannot be built: {_first_line(error)}") from error
+        raise UserError(f"model.noise_scheduler: DDPMScheduler cannot be built: {first_line(error)}") from error
     kind = noise_scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction", "sample"):
         raise UserError(
@@ -238,13 +239,8 @@ def push(folder: Path, repository: str) -> str:
         upload_folder(repo_id=repository, folder_path=folder, commit_message="Fine-tuned pipeline")
     except Exception as error:  # the hub's client has a dozen, from no login to no route to the host
         raise UserError(
-            f"export.push_to_hub: {repository}: the hub did not take {folder} ({_first_line(error)}); log in with "
+            f"export.push_to_hub: {repository}: the hub did not take {folder} ({first_line(error)}); log in with "
             "`hf auth login`, or set HF_TOKEN, and run the same command again",
             exit_code=1,
         ) from error
     return f"https://huggingface.co/{repository}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -6,7 +6,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
-from finetune.config import LRSchedulerConfig, OptimizerConfig, UserError
+from finetune.config import LRSchedulerConfig, OptimizerConfig
+from finetune.errors import UserError
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -30,7 +30,7 @@ class History:
     def __init__(self, file: Path, step: int):
         """Go on after `step`; -1 starts anew."""
         self.file = file
-        kept = [line for line in self._read() if line["step"] <= step]
+        kept = [line for line in self.read() if line["step"] <= step]
         with whole(file) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         with writing(file):
@@ -41,9 +41,6 @@ class History:
             self._open.write(json.dumps({"step": step, **values}) + "\n")
 
     def read(self) -> list[dict]:
-        return self._read()
-
-    def _read(self) -> list[dict]:
         if not self.file.exists():
             return []
         lines = []

@@ -11,11 +11,11 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from finetune import checkpoint, model, pictures
-from finetune.capacity import smaller_splits
+from finetune.capacity import smaller_splits, weight_bytes
 from finetune.checkpoint import RunState
-from finetune.compute import flops_per_image
-from finetune.config import Config, UserError, to_yaml
+from finetune.config import Config, to_yaml
 from finetune.data import loader_problem
+from finetune.errors import UserError
 from finetune.evaluation import StopCheck, Validation, sample
 from finetune.files import whole
 from finetune.folder import Lock, require_room
@@ -24,7 +24,7 @@ from finetune.metrics import Meters, Stopwatch, Window, WindowResult, loss_by_ti
 from finetune.randomness import timestep
 from finetune.report import Report
 from finetune.stopping import StopRequest
-from finetune.summary import curve, model_card, results, table
+from finetune.summary import hyperparameters, model_card, results, table
 from finetune.windows import WindowSampler, epoch_order, window_range, windows_per_epoch
 
 SKIP_LIMIT = 25  # updates in a row that may be left out; fp16 needs a dozen or so to find its first loss scale
@@ -70,7 +70,7 @@ class Run:
 
     def _take_folder(self) -> None:
         """Hold the output folder, where there is room for what the run will write."""
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.unet.parameters())
+        weights = weight_bytes(self.unet)
         size = weights * (3 if self.ema is None else 4)  # weights, AdamW's two moments, the average
         keep, saves = self.config.checkpoint.keep, -(-self.total_steps // self.config.checkpoint.every_steps)
         needed = checkpoint.room_needed(self.output_dir, size, keep, saves) + weights
@@ -135,13 +135,13 @@ class Run:
             self.ema.optimization_step = self.state.updates
         return saved
 
-    def recover(self, error: RuntimeError, window: Window) -> None:
+    def recover(self, error: RuntimeError | OSError, window: Window) -> None:
         """Have the window done again in smaller micro-batches, if it was memory that ran out and nothing was updated.
 
         Raises:
             UserError: if the micro-batch was given, or there are processes that wait for this one's gradients, or a
                 data worker died.
-            RuntimeError: the error itself, if it is about something else or the update had begun.
+            Exception: the error itself, if it is about something else or the update had begun.
         """
         if problem := loader_problem(error):
             raise problem from error
@@ -289,14 +289,13 @@ class Run:
         self.report.say(f"Stopped after {where}; all is saved, and the same command goes on from there.")
         self.report.close()
 
-    def finish(self) -> None:
-        """The last checkpoint, the curve, the pipeline, and what the run came to."""
+    def finish(self, flops: int) -> None:
+        """The last checkpoint, the curve, the pipeline, and what the run came to; `flops` are those of one image."""
         self.save()
         if self.accelerator.is_main_process:
             history, folder = self.report.history.read(), self.output_dir / "pipeline"
             epochs, windows = divmod(self.total_steps, self.steps_per_epoch)
             images = epochs * self.num_images + windows * self.batch
-            flops = flops_per_image(self.unet)
             rows = results(history, self.state.updates, images, self.state.seconds, flops)
             pictures.loss_curve(history, self.output_dir / "loss_curve.png")
             shown = [self.samples_file] if self.samples_file.exists() else []
@@ -305,7 +304,7 @@ class Run:
                 model.save_pipeline(self.unet, self.noise_scheduler, folder, card, shown)
             if self.config.export.push_to_hub is not None:
                 rows["uploaded to"] = model.push(folder, self.config.export.push_to_hub)
-            self._report_hyperparameters(history)
+            self.report.hyperparameters(*hyperparameters(self.config, self.batch, self.state.updates, history))
             rows |= {name: str(self.output_dir / name) for name in ("pipeline", "samples", "loss_curve.png")}
             rows |= {"curves": f"tensorboard --logdir {self.output_dir}"}
             rows |= {"to go on": f"the same command with a training.max_train_steps above {self.total_steps}"}
@@ -314,22 +313,6 @@ class Run:
                 self.report.say(f"Gradient noise scale: {advice}.")
         self.accelerator.wait_for_everyone()
         self.report.close()
-
-    def _report_hyperparameters(self, history: list[dict]) -> None:
-        optimizer, training = self.config.optimizer, self.config.training
-        settings = {
-            "global_batch_size": self.batch,
-            "learning_rate": optimizer.learning_rate,
-            "lr_scheduler": self.config.lr_scheduler.name,
-            "updates": self.state.updates,
-            "snr_gamma": training.snr_gamma or 0.0,
-            "timestep_sampling": training.timestep_sampling,
-            "seed": self.config.seed,
-        }
-        names = ("train/epoch_loss", "train/loss_smoothed", "validation/loss", "validation/loss_ema")
-        self.report.hyperparameters(
-            settings, {name: points[-1][1] for name in names if (points := curve(history, name))}
-        )
 
 
 def _identity(

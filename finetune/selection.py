@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from finetune.config import DataConfig, UserError
+from finetune.config import DataConfig
+from finetune.errors import UserError
 
 LABEL_TYPES = re.compile(r"u?int\d+|bool|(large_)?string")
 

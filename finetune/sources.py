@@ -25,7 +25,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
-from finetune.config import UserError
+from finetune.errors import UserError
 
 READERS = dict.fromkeys(ImageFolder.EXTENSIONS, "imagefolder")
 READERS |= {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard, ModelCardData
 
-from finetune.compute import flops_per_image, in_words
+from finetune.compute import in_words
 from finetune.config import Config, to_yaml
 from finetune.windows import Split, windows_per_epoch
 
@@ -26,8 +26,9 @@ def plan(
     noise_scheduler: DDPMScheduler,
     num_images: int,
     num_held_out: int,
+    flops: int,
 ) -> str:
-    """What is about to be trained, and how, before it starts."""
+    """What is about to be trained, and how, before it starts; `flops` are those of one image."""
     batch, training = split.global_batch_size, config.training
     steps_per_epoch = windows_per_epoch(num_images, batch)
     total_steps = training.max_train_steps or steps_per_epoch * training.num_epochs
@@ -45,7 +46,7 @@ def plan(
             f"accumulation steps x {split.num_processes} process(es)",
             "length": f"{total_steps} updates, {steps_per_epoch} an epoch ({total_steps / steps_per_epoch:.4g} epochs; "
             f"an epoch's last update has {last} of {batch} images)",
-            "compute": f"{in_words(flops_per_image(unet))}FLOP an image, forward and backward",
+            "compute": f"{in_words(flops)}FLOP an image, forward and backward",
             "learning rate": f"{config.optimizer.learning_rate:g}, {config.lr_scheduler.name}, "
             f"{config.lr_scheduler.warmup_steps} updates of warm-up",
             "output": config.output_dir,
@@ -90,6 +91,21 @@ def results(history: list[dict], updates: int, images: int, seconds: float, flop
         step, best = min(exported, key=lambda point: point[1])
         rows["validation loss"] = f"{exported[-1][1]:.5f}, from {exported[0][1]:.5f}; best {best:.5f} at step {step}"
     return rows
+
+
+def hyperparameters(config: Config, batch: int, updates: int, history: list[dict]) -> tuple[dict, dict[str, float]]:
+    """The settings in which runs are compared, and the last values of the curves in which they are judged."""
+    settings = {
+        "global_batch_size": batch,
+        "learning_rate": config.optimizer.learning_rate,
+        "lr_scheduler": config.lr_scheduler.name,
+        "updates": updates,
+        "snr_gamma": config.training.snr_gamma or 0.0,
+        "timestep_sampling": config.training.timestep_sampling,
+        "seed": config.seed,
+    }
+    names = ("train/epoch_loss", "train/loss_smoothed", "validation/loss", "validation/loss_ema")
+    return settings, {name: points[-1][1] for name in names if (points := curve(history, name))}
 
 
 def model_card(config: Config, rows: dict[str, str], picture: str | None) -> str:

@@ -1,5 +1,6 @@
 """train.py as a command, its last lines included, in forked processes that have all imports done and start at once."""
 
+import multiprocessing
 import os
 import runpy
 import signal
@@ -45,6 +46,7 @@ class Script:
             os.dup2(sys.stderr.fileno(), 2)
             os.environ |= environment
             forget_processes()
+            multiprocessing.process._children.clear()  # workers of the process that forked, which are not ours to end
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # of runs in the process that forked
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             before()

@@ -17,7 +17,8 @@ from scripted import at_call, script, two
 
 from finetune import model
 from finetune.capacity import activation_bytes, first_split, largest_split, smaller_splits, state_bytes
-from finetune.config import TrainingConfig, UserError
+from finetune.config import TrainingConfig
+from finetune.errors import UserError
 from finetune.windows import Split
 from splits import relative_difference
 from tiny import UNET, forget_processes, tiny_config, weights, write_config, write_pictures

@@ -9,8 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from finetune import checkpoint
-from finetune.config import UserError
+from finetune import checkpoint, manifest
+from finetune.errors import UserError
 from finetune.folder import Lock
 
 
@@ -136,8 +136,8 @@ def test_a_failed_save_leaves_the_last_one_and_no_rubbish(save, tmp_path, monkey
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    for target in ("_write_manifest", "save_file"):
-        monkeypatch.setattr(checkpoint, target, full)
+    for room, function in ((manifest, "seal"), (checkpoint, "save_file")):
+        monkeypatch.setattr(room, function, full)
         with pytest.raises(UserError, match=r"checkpoint-2: cannot be written \(No space left on device") as failure:
             save(2, keep=1)
         monkeypatch.undo()

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from finetune import data, randomness
-from finetune.config import DataConfig, UserError
+from finetune.config import DataConfig
 from finetune.data import Batches, load_images, loader_problem, make_loader, split_images
+from finetune.errors import UserError
 from finetune.images import decode
 from finetune.pixels import FEATURES, Images, pixel_row
 from finetune.windows import Slot, Split, WindowSampler, epoch_order

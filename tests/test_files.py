@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.config import UserError
+from finetune.errors import UserError
 from finetune.files import whole
 
 

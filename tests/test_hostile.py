@@ -10,7 +10,7 @@ import pytest
 import torch
 from trouble import said, script
 
-from finetune import checkpoint
+from finetune import manifest
 from tiny import tiny_config, write_config, write_pictures
 
 
@@ -67,18 +67,18 @@ FILES = ["ema.safetensors", "model.safetensors", "optimizer.bin", "random_states
 FOREIGN = ["custom_checkpoint_0.pkl", "pytorch_model.bin", "train.py"]
 
 
-@pytest.mark.parametrize("name", [*FILES, *FOREIGN, checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", [*FILES, *FOREIGN, manifest.MANIFEST])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pickle_in_a_checkpoint(base, tmp_path, kind, name):
     """Its manifest says that all is as it was written: only what reads the file stands between."""
     run, marker = tmp_path / "run", tmp_path / "ran"
     newest = run / "checkpoint-2"
     shutil.copytree(base / "run/checkpoint-2", newest)
-    assert {*FILES, checkpoint.MANIFEST} == set(os.listdir(newest))
+    assert {*FILES, manifest.MANIFEST} == set(os.listdir(newest))
     (newest / name).write_bytes(kind(marker))
-    if name != checkpoint.MANIFEST:
-        (newest / checkpoint.MANIFEST).unlink()
-        checkpoint._write_manifest(newest, 2)
+    if name != manifest.MANIFEST:
+        (newest / manifest.MANIFEST).unlink()
+        manifest.seal(newest, 2)
     arguments = ("--config", base / "config.yaml", f"output_dir={run}", "training.num_epochs=3")
     refused = script(*arguments, folder=tmp_path)
     line = said(refused, 2)

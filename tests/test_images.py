@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from finetune import images
-from finetune.config import UserError
+from finetune.errors import UserError
 from finetune.images import BadImageError, check_format, decode, quiet
 
 

@@ -8,7 +8,7 @@ import pytest
 from diffusers import DDPMPipeline
 
 import train
-from finetune import checkpoint, evaluation, model, pictures, report, run
+from finetune import checkpoint, evaluation, manifest, model, pictures, report, run
 from tiny import curves, differing, run_in_child, tiny_config, write_pictures
 
 STEPS = 6  # 19 images, 2 of them held out, in windows of 8: 8 + 8 + 1, twice
@@ -56,8 +56,8 @@ KILLS = {
     "inside a window": (train.Window, "add", 8),
     "between an update and its checkpoint": (run.Run, "save", 2),
     "weights half saved": (checkpoint, "save_file", 2),
-    "before the manifest": (checkpoint, "_write_manifest", 2),
-    "after the manifest": (checkpoint, "_write_manifest", 2, True),
+    "before the manifest": (manifest, "seal", 2),
+    "after the manifest": (manifest, "seal", 2, True),
     "before the renaming": (Path, "rename", 2),
     "after the renaming": (Path, "rename", 2, True),
     "before pruning": (checkpoint, "_by_step", 3),  # the first is resuming's

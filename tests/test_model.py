@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
 from finetune import model
-from finetune.config import EMAConfig, ModelConfig, UserError
+from finetune.config import EMAConfig, ModelConfig
+from finetune.errors import UserError
 from tiny import UNET
 
 # The architecture of google/ddpm-celebahq-256 and its kin, with fewer channels and pixels.

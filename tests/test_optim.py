@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from finetune.config import LRSchedulerConfig, OptimizerConfig, UserError
+from finetune.config import LRSchedulerConfig, OptimizerConfig
+from finetune.errors import UserError
 from finetune.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
 
 TOTAL, WARMUP = 10, 4

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from scripted import at_call
 from trouble import said, script, whole
 
-from finetune import checkpoint, folder, model, pictures, report
+from finetune import checkpoint, folder, manifest, model, pictures, report
 from finetune.run import Run
 from test_kill import STEPS, full_config
 from tiny import differing, write_config, write_pictures
@@ -57,7 +57,7 @@ FULL = {
     "a checkpoint's weights": ((checkpoint, "save", 2), 8192, "checkpoint-4", [2]),
     "its optimizer": ((checkpoint, "save", 2), 40960, "checkpoint-4", [2]),
     "its averaged weights": ((checkpoint, "save_file", 2), 4096, "checkpoint-4", [2]),
-    "its manifest": ((checkpoint, "_write_manifest", 2), 0, "checkpoint-4", [2]),
+    "its manifest": ((manifest, "seal", 2), 0, "checkpoint-4", [2]),
     "the samples": ((report, "save_png", 3), 0, "samples/step-3.png", [2]),
     "the resolved config": ((Run, "_open_report", 1), 0, "config.yaml", []),
     "the pipeline": ((model, "save_pipeline", 1), 8192, "pipeline", [4, 6]),

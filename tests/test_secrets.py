@@ -22,13 +22,11 @@ def base(tmp_path_factory):
     return base
 
 
-NAMES = ["../../evil.png", "/tmp/evil/evil.png", "../evil", "a\x1b[2J\n.png"]
-
-
 def test_names_in_a_dataset_become_no_paths(base, tmp_path):
     inside = tmp_path / "a/b"
     inside.mkdir(parents=True)
-    table = pa.table({"image": [{"bytes": png(), "path": name} for name in NAMES * 2], "label": NAMES * 2})
+    names = ["../../evil.png", str(tmp_path / "outside/evil.png"), "../evil", "a\x1b[2J\n.png"]
+    table = pa.table({"image": [{"bytes": png(), "path": name} for name in names * 2], "label": names * 2})
     pq.write_table(table, inside / "../../evil.parquet")
     arguments = ("--config", base / "config.yaml", f"data.source={tmp_path / 'evil.parquet'}")
     arguments += ("data.label_column=label", "samples.count=1", f"output_dir={inside / 'run'}")
@@ -37,7 +35,6 @@ def test_names_in_a_dataset_become_no_paths(base, tmp_path):
     outside = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if inside / "run" not in path.parents}
     assert set(map(str, outside)) == {"a", "a/b", "a/b/run", "evil.parquet"}
     assert not [path for path in inside.rglob("*") if "evil" in path.name or "\x1b" in path.name]
-    assert not os.path.exists("/tmp/evil")
 
 
 def traces(run, outcome):

@@ -2,7 +2,8 @@ import datasets
 import numpy as np
 import pytest
 
-from finetune.config import DataConfig, UserError
+from finetune.config import DataConfig
+from finetune.errors import UserError
 from finetune.selection import select
 
 PICTURE = {"bytes": b"", "path": None}

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from finetune import sources
-from finetune.config import UserError
+from finetune.errors import UserError
 from finetune.sources import open_source
 
 

@@ -11,7 +11,7 @@ import pytest
 from diffusers import UNet2DModel
 from scripted import at_call, script, two
 
-from finetune import checkpoint
+from finetune import checkpoint, manifest
 from test_kill import full_config
 from tiny import ROOT, differing, write_config, write_pictures
 
@@ -175,7 +175,7 @@ def test_two_processes_of_the_launcher(base, tmp_path, number):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "0"]
     command += ["train.py", "--config", base / "two.yaml", f"output_dir={run}", *LONG, "checkpoint.every_steps=1"]
-    process = started(command, run / "checkpoint-1" / checkpoint.MANIFEST)
+    process = started(command, run / "checkpoint-1" / manifest.MANIFEST)
     if number == signal.SIGTERM:
         os.killpg(process.pid, signal.SIGTERM)
     else:

@@ -251,7 +251,7 @@ def test_check_says_the_plan_and_writes_nothing(pictures, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(pictures, tmp_path, change, line):
-    from finetune.config import UserError
+    from finetune.errors import UserError
 
     config = tiny_config(pictures, tmp_path / "run", **change)
     with pytest.raises(UserError) as failure:
@@ -273,7 +273,7 @@ def test_a_mistake_through_the_script(tmp_path):
 
 
 def test_the_accumulation_variable_of_the_launch_does_not_override_silently(pictures, tmp_path, monkeypatch):
-    from finetune.config import UserError
+    from finetune.errors import UserError
 
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "5")
     with pytest.raises(UserError, match="found 5 in the launch's environment, where the config comes to 2"):

@@ -9,12 +9,12 @@ import matplotlib.backends.backend_agg  # noqa: F401 - so that no fork need impo
 import scripted
 from scripted import Outcome, Script, nothing
 
-from finetune import checkpoint, run, summary
+from finetune import checkpoint, compute
 
 
 def _quick(before: Callable, *arguments: int) -> None:
     gc.freeze()  # what the tests hold need not be searched when the run ends
-    summary.flops_per_image = run.flops_per_image = lambda unet: 1  # takes as long as the training here
+    compute.flops_per_image = lambda unet: 1  # takes as long as the training here
     before(*arguments)
 
 
