@@ -8,6 +8,7 @@ import contextlib
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import load as load_pickle
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from finetune import manifest
 from finetune.errors import UserError, first_line
@@ -27,7 +29,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _OWN_FILES = re.compile(
     r"(model|ema)\.safetensors|optimizer\.bin|scaler\.pt|random_states_\d+\.pkl|run_state\.json|manifest\.json"
 )
-_PARTIAL, _PRUNED = ".checkpoint.partial", ".checkpoint.pruned"
+_PARTIAL = ".checkpoint.partial"
 
 
 @dataclass
@@ -88,7 +90,8 @@ def save(
 
     @writing(folder)
     def write() -> None:
-        accelerator.save_state(str(temporary))
+        with _summed_once():
+            accelerator.save_state(str(temporary))
         if accelerator.is_main_process:
             for group, named in tensors.items():
                 save_file(named, temporary / f"{group}.safetensors")
@@ -112,22 +115,41 @@ def save(
         raise
     if accelerator.is_main_process:
         for old in _by_step(output_dir)[keep:]:
-            with contextlib.suppress(OSError):
-                old.rename(output_dir / _PRUNED)  # first out of sight: half of one is none
-            shutil.rmtree(output_dir / _PRUNED, ignore_errors=True)
+            _prune(old)
     return folder
+
+
+@contextlib.contextmanager
+def _summed_once() -> Iterator[None]:
+    """Inside, `torch.save` leaves out its own slower checksums: the manifest has one of each file."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
+
+
+def _prune(old: Path) -> None:
+    """Put a checkpoint out of sight at once, since half of one is none, and remove it while training goes on."""
+    with contextlib.suppress(OSError, RuntimeError):  # what cannot be removed now goes at the next start
+        pruned = old.rename(old.with_name(f".{old.name}.pruned"))
+        threading.Thread(target=shutil.rmtree, args=(pruned,), kwargs={"ignore_errors": True}).start()
+
+
+def _rests(output_dir: Path) -> list[Path]:
+    return [*output_dir.glob(_PARTIAL), *output_dir.glob(".checkpoint-*.pruned")]
 
 
 def remove_rests(output_dir: Path) -> None:
     """Remove what an owner of the folder left that was killed while it saved or pruned."""
-    for rest in (_PARTIAL, _PRUNED):
-        shutil.rmtree(output_dir / rest, ignore_errors=True)
+    for rest in _rests(output_dir):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def room_needed(output_dir: Path, size: int, keep: int, saves: int) -> int:
     """Bytes that `saves` more checkpoints of a size take at the most: an old one goes when the new one is there."""
-    rests = (file for rest in (_PARTIAL, _PRUNED) for file in (output_dir / rest).glob("*"))
-    free_soon = sum(file.stat().st_size for file in rests)
+    free_soon = sum(file.stat().st_size for rest in _rests(output_dir) for file in rest.glob("*"))
     return size * min(saves, max(keep + 1 - len(_by_step(output_dir)), 1)) - free_soon
 
 

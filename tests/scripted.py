@@ -6,6 +6,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -57,6 +58,7 @@ class Script:
         except BaseException:
             traceback.print_exc()
         finally:
+            threading._shutdown()  # as an interpreter that ends waits for its threads
             os._exit(code)
 
     def kill(self, number: int) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -58,9 +59,17 @@ def test_newest_is_by_number_and_not_by_name(save, tmp_path):
     assert find(tmp_path)[0] == newest
 
 
+def removed():
+    """What was pruned goes while training goes on."""
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+
+
 def test_only_the_newest_are_kept(save, tmp_path):
     for step in (1, 2, 3, 4):
         save(step, keep=2)
+    removed()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "checkpoint-4"]
 
 

@@ -61,7 +61,7 @@ KILLS = {
     "before the renaming": (Path, "rename", 2),
     "after the renaming": (Path, "rename", 2, True),
     "before pruning": (checkpoint, "_by_step", 3),  # the first is resuming's
-    "while pruning": (checkpoint.shutil, "rmtree", 3),  # the first two are of the start
+    "while pruning": (checkpoint.shutil, "rmtree", 1),
     "in the first validation": (evaluation.Validation, "losses", 1, True),
     "in a later validation": (evaluation.Validation, "losses", 4),
     "while sampling": (run, "sample", 2, True),

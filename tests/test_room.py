@@ -12,6 +12,7 @@ import pytest
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 from scripted import at_call
+from test_checkpoint import removed
 from trouble import said, script, whole
 
 from finetune import checkpoint, folder, manifest, model, pictures, report
@@ -46,6 +47,7 @@ def disk(tmp_path):
 
 def fill(disk, left):
     """Somebody else takes what is free, but for some bytes."""
+    removed()
     free = shutil.disk_usage(disk).free
     with open(disk / "somebody-elses", "wb") as file:
         file.write(bytes(max(free - left, 0)))

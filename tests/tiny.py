@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,6 +112,7 @@ def run_in_child(config: dict, file: Path, before: Callable[[], None] = lambda: 
         before()
         code = run_here(config, file)
     finally:
+        threading._shutdown()  # as an interpreter that ends waits for its threads
         os._exit(code)
 
 
