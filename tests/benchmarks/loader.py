@@ -8,35 +8,23 @@ Everything is generated in a temporary folder. `--short` takes sizes so small th
 import argparse
 import io
 import os
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-FOLDER = tempfile.TemporaryDirectory(prefix="finetune-benchmark-")
-os.environ |= {"HF_HOME": FOLDER.name, "HF_DATASETS_CACHE": f"{FOLDER.name}/datasets", "HF_HUB_OFFLINE": "1"}
-os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[2]))
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from bare import FOLDER, BareLoop, beside_the_trainer, ratio, run_config, seconds, unet_config
+from diffusers import UNet2DModel
+from PIL import Image, JpegImagePlugin
 
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, JpegImagePlugin  # noqa: E402
-
-from finetune.config import DataConfig  # noqa: E402
-from finetune.data import Batches, load_images, make_loader  # noqa: E402
-from finetune.windows import Split, WindowSampler  # noqa: E402
+from finetune.config import DataConfig
+from finetune.data import Batches, load_images, make_loader
+from finetune.windows import Split, WindowSampler
 
 MICRO_BATCH = 16
 LIMIT = 20_000  # images/s from the cache at 64 x 64, on one process
-
-
-def seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 def encoded(image: np.ndarray, kind: str, **options) -> bytes:
@@ -119,11 +107,8 @@ def memory(count: int) -> Iterator[tuple[str, str, str]]:
 
 
 def first_pass(count: int, width: int, height: int) -> Iterator[tuple[str, str, str]]:
-    source, draft, available = (
-        photographs(count, width, height),
-        JpegImagePlugin.JpegImageFile.draft,
-        os.sched_getaffinity,
-    )
+    source = photographs(count, width, height)
+    draft, available = JpegImagePlugin.JpegImageFile.draft, os.sched_getaffinity
     every = len(available(0))
     slowest = None
     for reduced in (False, True):
@@ -142,16 +127,28 @@ def first_pass(count: int, width: int, height: int) -> Iterator[tuple[str, str, 
     yield f"next start on the same {count} photographs", f"{1000 * again:.0f} ms", ""
 
 
+def beside_photographs(source: str, updates: int) -> Iterator[tuple[str, str, str]]:
+    """Updates of train.main on photographs, in turns with the bare loop's on noise in memory."""
+    unet = unet_config()
+    config = run_config(
+        "photographs", unet, 8, data__source=source, data__crop="random", data__random_flip=True, data__num_workers=1,
+        training__micro_batch_size=8, training__gradient_accumulation_steps=1, training__num_epochs=1000,
+    )  # fmt: skip
+    found = beside_the_trainer(config, BareLoop(UNet2DModel(**unet), 8).update, updates)
+    yield "an update on photographs over the bare loop's", f"{1000 * found[0][0]:.0f} ms", f"{ratio(found):.3f} of 1.05"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="tiny sizes, to see that it runs")
     short = parser.parse_args().short
     torch.set_num_threads(1)
     count, rounds = (400, 1) if short else (20_000, 3)
-    size = (3, 640, 480) if short else (24, 4000, 3000)
-    for part in (from_the_cache(count, rounds), memory(count), first_pass(*size)):
-        for what, measured, ratio in part:
-            print(f"{what:<82} {measured:>16}  {ratio}", flush=True)
+    size = (8, 640, 480) if short else (24, 4000, 3000)
+    beside = beside_photographs(f"{FOLDER.name}/photographs", 2 if short else 30)
+    for part in (from_the_cache(count, rounds), memory(count), first_pass(*size), beside):
+        for what, measured, limit in part:
+            print(f"{what:<82} {measured:>16}  {limit}", flush=True)
     started = seconds(lambda: load_images(DataConfig(source=f"{FOLDER.name}/small.parquet", crop="random"), 3, 64))
     print(f"{f'next start on {count:,} images in parquet':<82} {f'{1000 * started:.0f} ms':>16}")
 

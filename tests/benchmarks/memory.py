@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from bare import FOLDER, ROOT, head, row, run_config, unet_config
 
 from tiny import write_config
@@ -51,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="the smallest of sizes, to see that it runs")
     short = parser.parse_args().short
+    torch.set_num_threads(1)
     head("peak memory")
     unet, batch = unet_config((8, 16)) if short else unet_config(), 16 if short else 256
     small, large = peak("small", unet, 256, **of(4)), peak("large", unet, 256, **of(4, batch // 4))
