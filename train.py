@@ -128,7 +128,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
                     if run.done:
                         break
                     window = Window(sampler.split)
-            except (RuntimeError, OSError) as error:  # the second: no room for the workers' queues
+            except (RuntimeError, MemoryError, OSError) as error:  # the last: no room for the workers' queues
                 losses = prediction = None  # their graph holds the memory that was asked for
                 run.recover(error, window)  # and the same window again, if that is possible
     except Interrupted:

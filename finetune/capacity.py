@@ -1,5 +1,7 @@
 """What fits into memory: what a run will need, and the largest micro-batch that the hardware can hold."""
 
+from pathlib import Path
+
 import psutil
 import torch
 from accelerate import Accelerator
@@ -10,6 +12,55 @@ from diffusers import UNet2DModel
 from finetune.config import TrainingConfig, micro_batch_candidates, plan_batch
 from finetune.errors import UserError
 from finetune.windows import Split
+
+LESS_THAN_ONE_IMAGE = "a smaller data.resolution, model.gradient_checkpointing, or mixed precision"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it was memory that ran out, as torch and its libraries say so.
+
+    What Accelerate knows, and two more of a CPU: C++'s bad_alloc, and oneDNN, which has one sentence for all that it
+    could not set up. That memory was the reason then is the likeliest in a network that has worked before.
+    """
+    onednn = isinstance(error, RuntimeError) and "could not create a primitive" in str(error)
+    return isinstance(error, MemoryError) or onednn or should_reduce_batch_size(error)
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take on a CPU: what the machine has free, and what its control groups leave.
+
+    A container's or a batch job's limit is known to its control group alone; who goes beyond it is killed.
+
+    Args:
+        root: what the paths of /proc and /sys begin with.
+    """
+    free, own = psutil.virtual_memory().available, root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        version2 = not controllers
+        if not version2 and "memory" not in controllers.split(","):
+            continue
+        tree = root / "sys/fs/cgroup" / ("" if version2 else "memory")
+        group = tree / path.lstrip("/")
+        for folder in (group, *group.parents):  # a group lives within the limits of those above it
+            if folder.is_relative_to(tree):
+                free = min(free, _left_in_group(folder, version2))
+    return max(int(free), 0)
+
+
+def _left_in_group(folder: Path, version2: bool) -> float:
+    """Bytes below a control group's limit. Pages of files not used lately are given back, and do not count."""
+    limit, usage, inactive = (
+        ("memory.max", "memory.current", "inactive_file")
+        if version2
+        else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    )
+    try:
+        allowed, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return float("inf") if allowed == "max" else int(allowed) - used + int(statistics.get(inactive, 0))
+    except OSError:  # the root has no limit; a container does not see the groups above its own
+        return float("inf")
 
 
 def weight_bytes(unet: UNet2DModel) -> int:
@@ -86,31 +137,41 @@ def largest_split(accelerator: Accelerator, unet: UNet2DModel, split: Split) -> 
     Raises:
         UserError: if not even single images fit.
     """
+    most = _most_by_measure(accelerator, unet)
     for candidate in smaller_splits(split):
-        # One answer for all: each process has its own memory, and measures what is free at its own moment.
-        if all(gather_object([_fits(accelerator, unet, candidate.micro_batch_size)])):
+        # One answer for all: each process has its own memory, and measured what is free at its own moment.
+        if all(gather_object([candidate.micro_batch_size <= most and _fits(accelerator, unet, candidate)])):
             return candidate
     raise UserError(
-        f"training.micro_batch_size: auto: not even single images fit into the memory of {accelerator.device}; use a "
-        "smaller data.resolution, model.gradient_checkpointing, or mixed precision"
+        f"training.micro_batch_size: auto: not even single images fit into the memory of {accelerator.device}; use "
+        f"{LESS_THAN_ONE_IMAGE}"
     )
 
 
-def _fits(accelerator: Accelerator, unet: UNet2DModel, size: int) -> bool:
+def _most_by_measure(accelerator: Accelerator, unet: UNet2DModel) -> float:
+    """Images that the free memory of a CPU holds; a single one is always tried."""
+    if accelerator.device.type != "cpu":
+        return float("inf")
     try:
-        if accelerator.device.type == "cpu" and size > 1:
-            room = psutil.virtual_memory().available / accelerator.num_processes - state_bytes(unet, averaged=False)
-            if size * activation_bytes(unet) > 0.8 * room:
-                return False
+        room = free_memory() / accelerator.num_processes - state_bytes(unet, averaged=False)
+        return max(0.8 * room / activation_bytes(unet), 1)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return 1
+
+
+def _fits(accelerator: Accelerator, unet: UNet2DModel, split: Split) -> bool:
+    try:
         moments = [torch.empty_like(parameter) for parameter in unet.parameters() for _ in range(2)]
         for _ in range(2):  # the second pass finds the first one's gradients in memory
             with accelerator.autocast():
-                loss = _forward(unet, size).square().mean()
+                loss = _forward(unet, split.micro_batch_size).square().mean()
             loss.backward()
         del moments, loss
         return True
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         return False
     finally:

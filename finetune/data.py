@@ -228,7 +228,7 @@ def _obey_the_main_process() -> None:
     os._exit(0)
 
 
-def loader_problem(error: RuntimeError | OSError) -> UserError | None:
+def loader_problem(error: RuntimeError | OSError | MemoryError) -> UserError | None:
     """What a user can do about an error out of the loader; None if it is none of the loader's workers."""
     text = str(error)
     if "Bus error" in text or "shared memory" in text or "No space left on device" in text:

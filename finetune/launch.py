@@ -20,6 +20,7 @@ from accelerate.utils import (
 from torch.distributed import DistError
 from tqdm import tqdm
 
+from finetune.capacity import is_out_of_memory
 from finetune.errors import UserError, first_line
 
 Answer = TypeVar("Answer")
@@ -122,8 +123,8 @@ def exit_code(run: Callable[[], int]) -> int:
         code = run()
     except KeyboardInterrupt:  # before there was anything to save
         code = 130
-    except (UserError, RuntimeError) as error:
-        problem = error if isinstance(error, UserError) else _lost_process(error)
+    except (UserError, RuntimeError, MemoryError) as error:
+        problem = error if isinstance(error, UserError) else _lost_process(error) or _no_memory(error)
         if problem is None:
             raise
         for bar in list(getattr(tqdm, "_instances", ())):
@@ -149,12 +150,24 @@ def _part() -> None:
     processes().destroy_process_group()
 
 
-def _lost_process(error: RuntimeError) -> UserError | None:
+def _lost_process(error: RuntimeError | MemoryError) -> UserError | None:
     """What is said when another process is gone; None if the error is about something else."""
     if not isinstance(error, DistError) and "gloo" not in str(error):
         return None
     return UserError(
         "launch: another process of this run ended, and this one cannot go on without it; its own lines say why (none: "
         "it was killed, perhaps for want of memory). The same command goes on from the newest checkpoint",
+        exit_code=1,
+    )
+
+
+def _no_memory(error: RuntimeError | MemoryError) -> UserError | None:
+    """What is said where memory ran out and no smaller micro-batch could be tried; None if it did not."""
+    if not is_out_of_memory(error):
+        return None
+    return UserError(
+        f"memory: ran out outside of a micro-batch: {first_line(error)}; nothing that was saved is touched. Set "
+        "a smaller training.micro_batch_size or samples.count, or free some, and the same command goes on from the "
+        "newest checkpoint",
         exit_code=1,
     )

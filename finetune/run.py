@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from finetune import checkpoint, model, pictures
-from finetune.capacity import smaller_splits, weight_bytes
+from finetune.capacity import LESS_THAN_ONE_IMAGE, is_out_of_memory, smaller_splits, weight_bytes
 from finetune.checkpoint import RunState
 from finetune.config import Config, to_yaml
 from finetune.data import loader_problem
-from finetune.errors import UserError
+from finetune.errors import UserError, first_line
 from finetune.evaluation import StopCheck, Validation, sample
 from finetune.files import whole
 from finetune.folder import Lock, require_room
@@ -135,7 +135,7 @@ class Run:
             self.ema.optimization_step = self.state.updates
         return saved
 
-    def recover(self, error: RuntimeError | OSError, window: Window) -> None:
+    def recover(self, error: RuntimeError | OSError | MemoryError, window: Window) -> None:
         """Have the window done again in smaller micro-batches, if it was memory that ran out and nothing was updated.
 
         Raises:
@@ -145,13 +145,16 @@ class Run:
         """
         if problem := loader_problem(error):
             raise problem from error
-        if not should_reduce_batch_size(error) or window.closed:
+        if not is_out_of_memory(error) or window.closed:
             raise error
         smaller, old = smaller_splits(self.sampler.split)[1:], self.sampler.split.micro_batch_size
         if self.config.training.micro_batch_size != "auto" or self.accelerator.num_processes > 1 or not smaller:
+            advice = f"use {LESS_THAN_ONE_IMAGE}"
+            if old > 1:
+                advice = "set a smaller one (the global batch can stay as it is)"
             raise UserError(
-                f"training.micro_batch_size: out of memory with {old} at step {self.state.step + 1}; set a smaller one "
-                "(the global batch can stay as it is), and the same command goes on from the last checkpoint",
+                f"training.micro_batch_size: out of memory with {old} at step {self.state.step + 1}; {advice}, and "
+                f"the same command goes on from the last checkpoint ({first_line(error)})",
                 exit_code=1,
             ) from error
         self.sampler.split = smaller[0]

@@ -14,9 +14,15 @@ from tiny import timeless, tiny_config, weights, write_config, write_pictures
 IMAGES, BATCH, STEPS = 27, 8, 8  # windows of 8, 8, 8 and 3 images, twice
 FLOAT32 = 1e-5
 OUT_OF_MEMORY = (
-    "error: training.micro_batch_size: out of memory with {} at step 3; set a smaller one (the global batch can stay "
-    "as it is), and the same command goes on from the last checkpoint"
+    "error: training.micro_batch_size: out of memory with {} at step {}; set a smaller one (the global batch can stay "
+    "as it is), and the same command goes on from the last checkpoint ([enforce fail at "
 )
+
+
+def is_said(outcome, size, step=3):
+    """One line, and torch's own words in it."""
+    (line,) = outcome.errors
+    return line.startswith(OUT_OF_MEMORY.format(size, step)) and "can't allocate memory" in line
 
 
 def run_out(*_):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
-from scarce import FLOAT32, OUT_OF_MEMORY, above, command, make_base, same_run
+from scarce import FLOAT32, above, command, is_said, make_base, same_run
 from scripted import at_call, script, two
 
 from finetune import model
-from finetune.capacity import activation_bytes, first_split, largest_split, smaller_splits, state_bytes
+from finetune.capacity import activation_bytes, first_split, free_memory, largest_split, smaller_splits, state_bytes
 from finetune.config import TrainingConfig
 from finetune.errors import UserError
 from finetune.windows import Split
@@ -75,7 +75,50 @@ def test_what_is_free_on_a_cpu_is_asked_before_it_is_tried(one_process, monkeypa
     # 4 images need 4000 bytes of the 0.8 x 5000 that state leaves; 6 would need 6000
     for free, size in ((5100, 4), (5099, 3), (0, 1)):
         monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        monkeypatch.setattr("finetune.capacity._left_in_group", lambda *_: float("inf"))
         assert largest_split(one_process, unet, Split(12, 1, 1)).micro_batch_size == size
+
+
+def control_group(folder, version, limit, usage, inactive):
+    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}[version]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, usage), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    statistic = {1: "total_inactive_file", 2: "inactive_file"}[version]
+    (folder / "memory.stat").write_text(f"anon 1\n{statistic} {inactive}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "line", "tree", "none"),
+    [(1, "4:cpuset,memory:{}\n2:cpu:/\n", "memory", 2**63 - 4096), (2, "0::{}\n", "", "max")],
+)
+@pytest.mark.parametrize("seen", ["as on the host", "as in a container"])
+def test_a_control_groups_limit_is_what_is_free(tmp_path, monkeypatch, version, line, tree, none, seen):
+    """Of 1000 bytes allowed 700 are taken, 200 of them for files that can be dropped: 500 are free."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
+    assert free_memory(tmp_path) == 10_000  # no Linux, no groups
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(line.format("/job/step"))
+    assert free_memory(tmp_path) == 10_000  # as in a container without the folder
+    groups = tmp_path / "sys/fs/cgroup" / tree
+    limited = groups / "job" if seen == "as on the host" else groups
+    control_group(groups, version, none, 5000, 0)
+    control_group(limited, version, 1000, 700, 200)
+    if seen == "as on the host":
+        control_group(limited / "step", version, none, 300, 0)
+    assert free_memory(tmp_path) == 500
+    control_group(limited, version, 1000, 1300, 200)
+    assert free_memory(tmp_path) == 0
+    control_group(limited, version, none, 700, 200)
+    assert free_memory(tmp_path) == 10_000
+
+
+def test_an_image_is_measured_once(one_process, monkeypatch):
+    asked = []
+    monkeypatch.setattr("finetune.capacity.activation_bytes", lambda unet: asked.append(1) or 10**9)
+    monkeypatch.setattr("finetune.capacity.free_memory", lambda: 0)
+    assert largest_split(one_process, UNet2DModel(**UNET), Split(12, 1, 1)).micro_batch_size == 1
+    assert len(asked) == 1
 
 
 def test_another_error_is_no_want_of_memory(one_process):
@@ -151,7 +194,7 @@ def test_under_a_real_limit_auto_finishes_the_run_that_64_cannot(tmp_path):
 
     died = limited(f"output_dir={tmp_path / 'died'}")
     assert died.returncode == 1
-    assert died.errors == [OUT_OF_MEMORY.format(64).replace("step 3", "step 1")]
+    assert is_said(died, 64, step=1)
 
     done = limited(f"output_dir={tmp_path / 'limited'}", "training.micro_batch_size=auto")
     assert done.returncode == 0, done.stderr
