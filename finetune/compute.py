@@ -25,6 +25,17 @@ def flops_per_image(unet: UNet2DModel) -> int:
     return counter.get_total_flops()
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 by itself. A CPU that does not does it through float32, far slower.
+
+    oneDNN takes AVX-512 of any kind; without the instructions for bfloat16 it is still no faster than float32.
+    """
+    if device.type != "cpu":
+        return True
+    converts = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not converts
+
+
 def ceilings(device: torch.device, mixed_precision: str) -> dict[str, float]:
     """Floating-point operations a second of one process with this machine's own kernels, measured in a second or two.
 

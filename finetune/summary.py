@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard, ModelCardData
 
-from finetune.compute import in_words
+from finetune.compute import has_bf16, in_words
 from finetune.config import Config, to_yaml
 from finetune.windows import Split, windows_per_epoch
 
@@ -35,6 +35,8 @@ def plan(
     channels, size = unet.config.in_channels, unet.config.sample_size
     last = num_images - (steps_per_epoch - 1) * batch
     precision = {"no": "float32"}.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} mixed precision")
+    if accelerator.mixed_precision == "bf16" and not has_bf16(accelerator.device):
+        precision += " (this CPU has no unit for it: slower than float32)"
     return table(
         "Plan",
         {

@@ -23,9 +23,9 @@ def test_every_benchmark_is_here():
     assert {path.stem for path in (ROOT / "tests/benchmarks").glob("*.py")} == {*SHORT, "bare"}
 
 
-@pytest.mark.parametrize("name", SHORT)
-def test_it_runs(name):
-    command = [sys.executable, ROOT / f"tests/benchmarks/{name}.py", *SHORT[name]]
+@pytest.mark.parametrize(("name", "arguments"), [*SHORT.items(), ("speed", ["--compile", "--short"])])
+def test_it_runs(name, arguments):
+    command = [sys.executable, ROOT / f"tests/benchmarks/{name}.py", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     outcome = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert outcome.returncode == 0, outcome.stderr[-3000:]

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import compute
-from finetune.compute import ceilings, flops_per_image, in_words
+from finetune.compute import ceilings, flops_per_image, has_bf16, in_words
 from tiny import UNET
 
 CONVOLUTIONS = UNET | {"add_attention": False}  # whose kernels differ in what they compute again for the gradient
@@ -44,6 +44,25 @@ def test_a_rate_is_the_work_of_the_fastest_round(monkeypatch):
     rates = ceilings(torch.device("cpu"), "no")
     assert rates["matmul"] == 2 * 1024**3 / 2  # rounds of 4 s, 2 s, then 5 s each
     assert rates["convolution"] == pytest.approx(2 * 9 * 16 * 128 * 128 * 32 * 32 / 5)
+
+
+@pytest.mark.parametrize(
+    ("onednn", "avx512", "converts", "has"),
+    [
+        (False, False, False, False),  # AVX2
+        (True, True, False, False),  # AVX-512 of the first generations
+        (True, True, True, True),
+        (True, False, False, True),  # no x86, or AVX2 with conversions
+    ],
+)
+def test_bfloat16_of_a_cpu(monkeypatch, onednn, avx512, converts, has):
+    monkeypatch.setattr(compute.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(compute.torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(compute.torch.cpu, "_is_avx512_bf16_supported", lambda: converts)
+    assert has_bf16(torch.device("cpu")) == has
+    assert has_bf16(torch.device("cuda"))
+    monkeypatch.setattr(compute.torch.backends.mkldnn, "is_available", lambda: False)
+    assert not has_bf16(torch.device("cpu"))
 
 
 def test_operations_in_words():

@@ -2,6 +2,7 @@
 
 python tests/benchmarks/speed.py            # under three minutes on two CPU cores
 python tests/benchmarks/speed.py --short    # a few updates: does it run
+python tests/benchmarks/speed.py --compile  # torch.compile alone: it takes about two minutes to compile
 """
 
 import argparse
@@ -11,10 +12,23 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from bare import FOLDER, ROOT, BareLoop, beside_the_trainer, head, in_turns, ratio, row, run_config, unet_config
+from bare import (
+    FOLDER,
+    ROOT,
+    BareLoop,
+    beside_the_trainer,
+    head,
+    in_turns,
+    ratio,
+    row,
+    run_config,
+    seconds,
+    unet_config,
+)
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 
+from finetune.compute import has_bf16
 from finetune.config import load_config
 from finetune.model import load_model
 from tiny import history, launch, write_config
@@ -48,8 +62,8 @@ def kernels(rounds: int) -> None:
     unet = UNet2DModel(**unet_config((64, 128, 176)))
     images = torch.randn(4, 3, 32, 32)
     plain, bf16 = partial(passes, unet, images), partial(passes, unet, images, bf16=True)
-    has = torch.cpu._is_avx512_bf16_supported()
-    row("bf16, UNet of 6.5 M, 4 images", "by the launch" + ("" if has else "; no such unit in this CPU"),
+    has = has_bf16(images.device)
+    row("bf16, UNet of 6.5 M, 4 images", "by the launch" + ("" if has else "; no unit for it in this CPU"),
         ratio(in_turns(plain, bf16, max(rounds // 3, 1))), "1.3")  # fmt: skip
     last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
     channels_last = partial(passes, last, images.to(memory_format=torch.channels_last))
@@ -59,6 +73,18 @@ def kernels(rounds: int) -> None:
     averages = [EMAModel(unet.parameters(), foreach=foreach) for foreach in (False, True)]
     steps = [partial(average.step, list(unet.parameters())) for average in averages]
     row("foreach EMA", "on", ratio(in_turns(*steps, 4 * rounds)))
+
+
+def compiled(backend: str, rounds: int) -> None:
+    """The first pass, which compiles, stands in a row of its own."""
+    head(f"plain over compiled by {backend}")
+    unet, images = UNet2DModel(**unet_config()), torch.randn(16, 3, 32, 32)
+    fast = partial(passes, torch.compile(copy.deepcopy(unet), backend=backend), images)
+    plain = partial(passes, unet, images)
+    row("the first pass", f"{seconds(fast):.0f} s")
+    pairs = in_turns(plain, fast, rounds)
+    milliseconds = " : ".join(f"{1000 * median(times):.0f}" for times in zip(*pairs, strict=True))
+    row("UNet of 1.1 M at 32 px, 16 images", f"{milliseconds} ms; by the launch", ratio(pairs))
 
 
 def seconds_per_update(name: str, processes: int, steps: int, updates: int) -> float:
@@ -87,8 +113,13 @@ def two_processes(updates: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a few updates, to see that it runs")
-    short = parser.parse_args().short
+    parser.add_argument("--compile", action="store_true", help="torch.compile beside the plain network, nothing else")
+    arguments = parser.parse_args()
+    short = arguments.short
     torch.set_num_threads(1)
+    if arguments.compile:
+        compiled(*(("aot_eager", 1) if short else ("inductor", 20)))  # the latter calls a C++ compiler
+        return
     overhead(2 if short else 30)
     kernels(1 if short else 6)
     two_processes(3 if short else 12)
