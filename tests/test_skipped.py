@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from scripted import script
+from scripted import script, two
 
 from finetune import launch
 from finetune.run import Run
@@ -124,6 +124,26 @@ def test_it_is_the_same_run_after_resuming(base, skipped, tmp_path, after):
         assert all(torch.equal(expected[name], seen[name]) for name in expected)
     scales = [(each / "run" / f"checkpoint-{STEPS}" / "scaler.pt").read_bytes() for each in (base, tmp_path)]
     assert scales[0] == scales[1]
+
+
+def test_two_processes_skip_the_same_updates(base, tmp_path):
+    """Each has a scaler of its own; they stay of one mind, since both look at the gradient that was reduced. Which
+    updates are skipped is the split's: what overflows is a micro-batch's gradient, before it is divided by all."""
+    told = [tmp_path / "told-0", tmp_path / "told-1"]
+    arguments = ("--config", base / "config.yaml", "training.gradient_accumulation_steps=1")
+    started = two(
+        *arguments, f"output_dir={tmp_path / 'run'}",
+        folder=tmp_path, before=lambda process: in_half_precision(told[process]),
+    )  # fmt: skip
+    ended = [each.wait() for each in started]
+    assert [each.returncode for each in ended] == [0, 0], ended
+    main, other = ([json.loads(line) for line in file.read_text().splitlines()] for file in told)
+    assert main == other  # weights, average and scale after each update, to the bit
+    skipped = ["train/grad_norm" not in line for line in history(tmp_path / "run")]
+    assert 0 < skipped.count(True) < STEPS - 1
+    for part in ("model", "ema"):
+        assert [after[part] == before[part] for before, after in pairwise(main)] == skipped[1:]
+    assert {int(count) for count in moments(tmp_path / "run", STEPS, "step").values()} == {skipped.count(False)}
 
 
 def test_fp16_on_a_cpu_is_refused_in_one_line(base, tmp_path):
