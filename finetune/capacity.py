@@ -1,6 +1,8 @@
 """What fits into memory: what a run will need, and the largest micro-batch that the hardware can hold."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -13,7 +15,8 @@ from finetune.config import TrainingConfig, micro_batch_candidates, plan_batch
 from finetune.errors import UserError
 from finetune.windows import Split
 
-LESS_THAN_ONE_IMAGE = "a smaller data.resolution, model.gradient_checkpointing, or mixed precision"
+Answer = TypeVar("Answer")
+LESS_PER_IMAGE = "a smaller data.resolution, model.gradient_checkpointing, or mixed precision"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -137,43 +140,48 @@ def largest_split(accelerator: Accelerator, unet: UNet2DModel, split: Split) -> 
     Raises:
         UserError: if not even single images fit.
     """
-    most = _most_by_measure(accelerator, unet)
+    most = _within_memory(lambda: _most_by_measure(accelerator, unet)) or 0
     for candidate in smaller_splits(split):
         # One answer for all: each process has its own memory, and measured what is free at its own moment.
-        if all(gather_object([candidate.micro_batch_size <= most and _fits(accelerator, unet, candidate)])):
+        size = candidate.micro_batch_size
+        fits = (size <= most or size == 1) and _within_memory(lambda size=size: _try(accelerator, unet, size))
+        if all(gather_object([fits])):
             return candidate
     raise UserError(
         f"training.micro_batch_size: auto: not even single images fit into the memory of {accelerator.device}; use "
-        f"{LESS_THAN_ONE_IMAGE}"
+        f"{LESS_PER_IMAGE}"
     )
 
 
 def _most_by_measure(accelerator: Accelerator, unet: UNet2DModel) -> float:
-    """Images that the free memory of a CPU holds; a single one is always tried."""
+    """Images that the free memory of a CPU holds."""
     if accelerator.device.type != "cpu":
         return float("inf")
-    try:
-        room = free_memory() / accelerator.num_processes - state_bytes(unet, averaged=False)
-        return max(0.8 * room / activation_bytes(unet), 1)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return 1
+    room = free_memory() / accelerator.num_processes - state_bytes(unet, averaged=False)
+    return 0.8 * room / activation_bytes(unet)
 
 
-def _fits(accelerator: Accelerator, unet: UNet2DModel, split: Split) -> bool:
+def _try(accelerator: Accelerator, unet: UNet2DModel, size: int) -> bool:
+    """Go forward and backward with so many images; true, if it comes to an end."""
     try:
         moments = [torch.empty_like(parameter) for parameter in unet.parameters() for _ in range(2)]
         for _ in range(2):  # the second pass finds the first one's gradients in memory
             with accelerator.autocast():
-                loss = _forward(unet, split.micro_batch_size).square().mean()
+                loss = _forward(unet, size).square().mean()
             loss.backward()
         del moments, loss
         return True
+    finally:
+        unet.zero_grad(set_to_none=True)
+
+
+def _within_memory(attempt: Callable[[], Answer]) -> Answer | None:
+    """What an attempt comes to; None if memory ran out on it."""
+    try:
+        return attempt()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return False
+        return None
     finally:
-        unet.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)

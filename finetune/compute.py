@@ -32,8 +32,8 @@ def has_bf16(device: torch.device) -> bool:
     """
     if device.type != "cpu":
         return True
-    converts = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not converts
+    emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulated
 
 
 def ceilings(device: torch.device, mixed_precision: str) -> dict[str, float]:

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from finetune import checkpoint, model, pictures
-from finetune.capacity import LESS_THAN_ONE_IMAGE, is_out_of_memory, smaller_splits, weight_bytes
+from finetune.capacity import LESS_PER_IMAGE, is_out_of_memory, smaller_splits, weight_bytes
 from finetune.checkpoint import RunState
 from finetune.config import Config, to_yaml
 from finetune.data import loader_problem
@@ -149,7 +149,7 @@ class Run:
             raise error
         smaller, old = smaller_splits(self.sampler.split)[1:], self.sampler.split.micro_batch_size
         if self.config.training.micro_batch_size != "auto" or self.accelerator.num_processes > 1 or not smaller:
-            advice = f"use {LESS_THAN_ONE_IMAGE}"
+            advice = f"use {LESS_PER_IMAGE}"
             if old > 1:
                 advice = "set a smaller one (the global batch can stay as it is)"
             raise UserError(

@@ -74,8 +74,7 @@ def test_what_is_free_on_a_cpu_is_asked_before_it_is_tried(one_process, monkeypa
     monkeypatch.setattr("finetune.capacity.state_bytes", lambda unet, averaged: state)
     # 4 images need 4000 bytes of the 0.8 x 5000 that state leaves; 6 would need 6000
     for free, size in ((5100, 4), (5099, 3), (0, 1)):
-        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        monkeypatch.setattr("finetune.capacity._left_in_group", lambda *_: float("inf"))
+        monkeypatch.setattr("finetune.capacity.free_memory", lambda free=free: free)
         assert largest_split(one_process, unet, Split(12, 1, 1)).micro_batch_size == size
 
 

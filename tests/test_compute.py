@@ -47,7 +47,7 @@ def test_a_rate_is_the_work_of_the_fastest_round(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("onednn", "avx512", "converts", "has"),
+    ("onednn", "avx512", "avx512_bf16", "has"),
     [
         (False, False, False, False),  # AVX2
         (True, True, False, False),  # AVX-512 of the first generations
@@ -55,10 +55,10 @@ def test_a_rate_is_the_work_of_the_fastest_round(monkeypatch):
         (True, False, False, True),  # no x86, or AVX2 with conversions
     ],
 )
-def test_bfloat16_of_a_cpu(monkeypatch, onednn, avx512, converts, has):
+def test_bfloat16_of_a_cpu(monkeypatch, onednn, avx512, avx512_bf16, has):
     monkeypatch.setattr(compute.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
     monkeypatch.setattr(compute.torch.cpu, "_is_avx512_supported", lambda: avx512)
-    monkeypatch.setattr(compute.torch.cpu, "_is_avx512_bf16_supported", lambda: converts)
+    monkeypatch.setattr(compute.torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     assert has_bf16(torch.device("cpu")) == has
     assert has_bf16(torch.device("cuda"))
     monkeypatch.setattr(compute.torch.backends.mkldnn, "is_available", lambda: False)

@@ -34,20 +34,23 @@ from finetune.model import load_model
 from tiny import history, launch, write_config
 
 
+def milliseconds(pairs: list[tuple[float, float]]) -> str:
+    """The medians of both."""
+    return " : ".join(f"{1000 * median(times):.0f}" for times in zip(*pairs, strict=True)) + " ms"
+
+
 def overhead(updates: int) -> None:
     head("update of train.main over the bare loop's")
     unet = unet_config()
     micro = {"training__micro_batch_size": 16, "training__gradient_accumulation_steps": 1}
     config = run_config("overhead", unet, 64, training__num_epochs=1000, data__num_workers=1, **micro)
     pairs = beside_the_trainer(config, BareLoop(UNet2DModel(**unet), 16).update, updates)
-    milliseconds = " : ".join(f"{1000 * median(times):.0f}" for times in zip(*pairs, strict=True))
-    row("UNet of 1.1 M at 32 px, 16 images", f"{milliseconds} ms", ratio(pairs), "1.03")
+    row("UNet of 1.1 M at 32 px, 16 images", milliseconds(pairs), ratio(pairs), "1.03")
     digits = [f"model.pretrained={ROOT / 'configs/digits-base'}", f"output_dir={FOLDER.name}/digits"]
     config = load_config(ROOT / "configs/digits.yaml", [*digits, "data.validation_fraction=0", "samples.count=0"])
     bare = BareLoop(load_model(config.model, None, 0)[0], 16, 4)
     pairs = beside_the_trainer(config, bare.update, updates)
-    milliseconds = " : ".join(f"{1000 * median(times):.0f}" for times in zip(*pairs, strict=True))
-    row("configs/digits.yaml, 4 x 16 images", f"{milliseconds} ms", ratio(pairs), "1.10")
+    row("configs/digits.yaml, 4 x 16 images", milliseconds(pairs), ratio(pairs), "1.10")
 
 
 def passes(unet: UNet2DModel, images: torch.Tensor, bf16: bool = False) -> None:
@@ -83,8 +86,7 @@ def compiled(backend: str, rounds: int) -> None:
     plain = partial(passes, unet, images)
     row("the first pass", f"{seconds(fast):.0f} s")
     pairs = in_turns(plain, fast, rounds)
-    milliseconds = " : ".join(f"{1000 * median(times):.0f}" for times in zip(*pairs, strict=True))
-    row("UNet of 1.1 M at 32 px, 16 images", f"{milliseconds} ms; by the launch", ratio(pairs))
+    row("UNet of 1.1 M at 32 px, 16 images", f"{milliseconds(pairs)}; by the launch", ratio(pairs))
 
 
 def seconds_per_update(name: str, processes: int, steps: int, updates: int) -> float:
