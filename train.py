@@ -1,153 +1,207 @@
-"""Fine-tune a diffusion model on your own images, with the batch size that the optimisation wants.
+"""Fine-tune a diffusion model on your own images at any effective batch size.
 
-    accelerate launch --config_file accelerate_config.yaml train.py --config configs/digits.yaml
+    accelerate launch --config_file accelerate_config.yaml train.py --config configs/digits-classes.yaml
     accelerate launch train.py --config configs/digits.yaml training.max_train_steps=100
     python train.py --config configs/digits.yaml --check
 
-The same command goes on where a run was stopped. A step is an optimizer update everywhere, never a micro-batch.
+Run the same command again to resume a run. A step is an optimizer update everywhere, never a micro-batch.
+
+After an error `accelerate launch` prints a traceback of its own, which `accelerate launch --quiet` leaves out; it ends
+with exit code 1 in either case. `python train.py` ends with 2 after a mistake in the config, the data or the launch, 1
+after another failure, 130 after Ctrl-C and 143 after any other signal; the last two are resumable.
 """
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from finetune.core.launcher import prepare_for_imports
+
+    prepare_for_imports()
 
 import argparse
 import sys
 
 import torch
+from accelerate import Accelerator
 
-from finetune import model
-from finetune.capacity import first_split, largest_split, memory_plan
-from finetune.compute import ceilings, flops_per_image
-from finetune.config import Config, load_config
-from finetune.data import Batches, load_images, make_loader, split_images
-from finetune.evaluation import Interrupted, Validation
-from finetune.launch import exit_code, main_process_first, make_accelerator, on_main_process, processes
-from finetune.metrics import Window
-from finetune.objective import loss_per_image
-from finetune.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
-from finetune.run import Run
-from finetune.summary import ceiling, plan, split_dependence
-from finetune.windows import WindowSampler
+from finetune.config.load import load_config
+from finetune.config.schema import Config
+from finetune.core.batch import resolve_layout
+from finetune.core.distributed import (
+    accelerator_options,
+    check_launch,
+    check_processes,
+    launch_errors,
+    main_process_first,
+    on_main_process,
+    processes,
+    together,
+    use_available_cores,
+)
+from finetune.core.failures import exit_code
+from finetune.core.stopping import Interrupted
+from finetune.data.batches import Batches
+from finetune.data.loading import load_data
+from finetune.data.order import WindowSampler
+from finetune.data.workers import make_loader
+from finetune.evaluation.quality import Quality
+from finetune.evaluation.sampling import check_sampling, sampled_names
+from finetune.evaluation.validation import Validation
+from finetune.models.classes import with_classes
+from finetune.models.ema import make_ema
+from finetune.models.unconditional import load_unconditional
+from finetune.run.recovery import check_finite, explain_failure
+from finetune.run.start import find_start, start_run
+from finetune.run.summary import layout_dependence, peak_throughput, plan, unguided
+from finetune.training.compute import flops_per_image, peak_rates
+from finetune.training.memory import largest_layout, memory_plan
+from finetune.training.objective import loss_per_image
+from finetune.training.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
+from finetune.training.soundness import check_compiled, layout_dependent_layers
 
 
 def main(config: Config, check: bool = False, measure: bool = False) -> int:
-    """Train; or with `check` only say what would be trained, with `measure` also what the machine can do.
+    """Train; with `check` only print the plan, with `measure` also measure peak throughput.
 
     Returns:
         The exit code.
     """
     training = config.training
 
-    # The network, and how a window is split over processes, accumulation steps and micro-batches.
-    split = on_main_process(lambda: first_split(training, processes().num_processes))
-    accelerator = make_accelerator(config.output_dir, config.logging.tracker, split.gradient_accumulation_steps)
-    unet, noise_scheduler = main_process_first(
-        lambda: model.load_model(config.model, config.data.resolution, config.seed)
-    )
-    ema = model.make_ema(unet.to(accelerator.device), config.ema)
-    if training.micro_batch_size == "auto":
-        split = largest_split(accelerator, unet, split)
-        accelerator.gradient_accumulation_steps = split.gradient_accumulation_steps
+    # Batch layout and Accelerator: global batch = micro-batch x accumulation steps x processes.
+    sizes = training.global_batch_size, training.micro_batch_size, training.gradient_accumulation_steps
+    layout = on_main_process(lambda: resolve_layout(*sizes, processes().num_processes))
+    with launch_errors():
+        accelerator = Accelerator(
+            gradient_accumulation_steps=layout.gradient_accumulation_steps,
+            log_with=config.logging.tracker,
+            project_dir=config.output_dir,
+            **accelerator_options(),
+        )
+    check_launch(accelerator, layout.gradient_accumulation_steps, config.logging.tracker)
+    use_available_cores(accelerator)
 
-    # The images, and how many updates they make.
-    images = main_process_first(lambda: load_images(config.data, unet.config.in_channels, unet.config.sample_size))
-    train_images, held_out = split_images(images, config.data, config.seed)
-    flops = flops_per_image(unet)
-    counts = len(train_images), len(held_out or ())
-    accelerator.print(plan(config, accelerator, split, unet, noise_scheduler, *counts, flops))
-    if layers := model.split_dependent_layers(unet):
-        accelerator.print(split_dependence(layers))
+    # Model, images, and the moving average of the weights.
+    kind = main_process_first(lambda: load_unconditional(config.model, config.data.resolution, config.seed))
+    conditional = config.model.class_conditional
+    train_images, held_out = main_process_first(
+        lambda: load_data(config.data, kind.image_format, config.seed, conditional, config.output_dir)
+    )
+    if conditional:
+        kind = together(lambda: with_classes(kind, train_images.class_names, config.seed))
+    together(lambda: sampled_names(config.samples, kind))
+    parameters = list(kind.trainable().values())
+    kind.network.to(accelerator.device)
+    noise_scheduler, ema = kind.noise_scheduler, make_ema(parameters, config.ema)
+    on_main_process(lambda: check_sampling(noise_scheduler, config.samples.inference_steps))
+    if training.micro_batch_size == "auto":
+        layout = largest_layout(accelerator, kind, layout, config.ema.enabled)
+        accelerator.gradient_accumulation_steps = layout.gradient_accumulation_steps
+
+    # What it is evaluated by.
+    validation = held_out and Validation(
+        held_out,
+        config.validation.images,
+        config.seed,
+        kind,
+        training.snr_gamma,
+        held_out.classes(kind.class_names) if conditional else None,
+    )
+    quality = None
+    if config.validation.quality is not None and held_out:
+        names = held_out.names() if conditional else [None]
+        quality = together(lambda: Quality(config.validation.quality, held_out, names))
+
+    # Where the run starts: at the newest valid checkpoint, if any. Nothing is written yet.
+    start = find_start(config, accelerator, kind, layout, len(train_images), train_images.fingerprint)
+
+    # The plan.
+    flops = flops_per_image(kind)
+    notes = list(dict.fromkeys([*train_images.notes, *(held_out.notes if held_out else ())]))
+    accelerator.print(plan(config, accelerator, layout, kind, len(train_images), len(held_out or ()), notes, flops))
+    if layers := layout_dependent_layers(kind.network):
+        accelerator.print(layout_dependence(layers))
+    if note := unguided(config, kind):
+        accelerator.print(note)
     if check or measure:
-        accelerator.print(memory_plan(unet, split.micro_batch_size, config.ema.enabled))
+        accelerator.print(memory_plan(accelerator, kind, layout, config.ema.enabled))
         if measure:
-            accelerator.print(ceiling(ceilings(accelerator.device, accelerator.mixed_precision)))
+            accelerator.print(peak_throughput(peak_rates(accelerator.device, accelerator.mixed_precision)))
         return 0
 
-    # What is trained, and what it is fed with.
-    sampler = WindowSampler(len(train_images), config.seed, split)
+    # Loader and optimizer.
+    sampler = WindowSampler(len(train_images), config.seed, layout)
     batches = Batches(
         train_images,
         config.seed,
         noise_scheduler.config.num_train_timesteps,
         training.timestep_sampling,
-        unet.config.sample_size,
         config.data.crop,
         config.data.random_flip,
+        train_images.classes(kind.class_names) if conditional else None,
+        training.condition_dropout,
     )
     loader = make_loader(batches, sampler, config.data.num_workers, pin_memory=accelerator.device.type == "cuda")
-    denoiser, optimizer, loader = accelerator.prepare(unet, make_optimizer(unet.parameters(), config.optimizer), loader)
-    validation = held_out and Validation(held_out, config, noise_scheduler)
+    optimizer = make_optimizer(parameters, config.optimizer)
+    unet, optimizer, loader = accelerator.prepare(kind.network, optimizer, loader)
+    check_compiled(accelerator, unet, kind, layout.micro_batch_size)
 
-    # Where the run is: at its start, or at its newest whole checkpoint.
-    run = Run(config, accelerator, unet, noise_scheduler, ema, validation, sampler, images.fingerprint)
-    run.resume()
+    # From here on files are written.
+    run = start_run(start, config, accelerator, kind, ema, validation, quality, sampler)
     set_hyperparameters(optimizer, config.optimizer)
-    lr_scheduler = make_lr_scheduler(optimizer, config.lr_scheduler, run.total_steps, run.state.updates)
+    lr_scheduler = make_lr_scheduler(optimizer, config.lr_scheduler, run.length.total_steps, run.state.updates)
 
     try:
-        run.evaluate()  # the network as it came, or what an interruption left out
-        while not run.done:
-            sampler.seek(*run.place)
-            window = Window(sampler.split)
-            try:
-                for batch in loader:
-                    run.clock.tick("data")
-                    with accelerator.accumulate(denoiser):
-                        clean, conditioning = model.noised_and_conditioning(batch)
-                        noise, timesteps = batch["noise"], batch["timesteps"]
-                        noisy = noise_scheduler.add_noise(clean, noise, timesteps)
-                        prediction = denoiser(noisy, timesteps, **conditioning).sample
-                        losses = loss_per_image(
-                            noise_scheduler, prediction, clean, noise, timesteps, training.snr_gamma
-                        )
-                        accelerator.backward((batch["weights"] * losses).sum())
-                        window.add(losses, denoiser.parameters())
-                        run.clock.tick("compute")
-                        if accelerator.sync_gradients:
-                            max_norm = training.max_grad_norm or torch.inf
-                            grad_norm = accelerator.clip_grad_norm_(denoiser.parameters(), max_norm)
-                            result = window.close(accelerator, len(run.positions), grad_norm, run.stop.requested())
-                            if not result.finite:
-                                run.refuse(result)
-                                optimizer.zero_grad()  # without gradients the step below leaves all as it is
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    if not accelerator.sync_gradients:
-                        continue
+        run.evaluate()  # baseline evaluation, or one that an interruption skipped
+        for batch in run.batches(loader):
+            with accelerator.accumulate(unet):
+                clean_images, conditions = kind.inputs(batch)
+                noise, timesteps = batch["noise"], batch["timesteps"]
+                noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
+                prediction = unet(noisy_images, timesteps, **conditions).sample
+                losses = loss_per_image(noise_scheduler, prediction, clean_images, noise, timesteps, training.snr_gamma)
+                accelerator.backward((batch["weights"] * losses).sum())
+                run.window.add(losses, parameters)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, training.max_grad_norm or torch.inf)
+                    result = run.close_window(grad_norm)
+                    check_finite(run, result)
+                    if not result.finite:
+                        optimizer.zero_grad()  # no gradients: optimizer.step() is a no-op
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
 
-                    # One update is done.
-                    learning_rate = lr_scheduler.get_last_lr()[0]
-                    applied = result.finite and not accelerator.optimizer_step_was_skipped
-                    if applied:
-                        lr_scheduler.step()
-                        if ema is not None:
-                            ema.step(unet.parameters())
-                    run.finish_step(result, learning_rate, applied)
-                    run.evaluate()
-                    if run.state.step % config.checkpoint.every_steps == 0:
-                        run.save()
-                    if result.stop:
-                        raise Interrupted
-                    if run.done:
-                        break
-                    window = Window(sampler.split)
-            except (RuntimeError, MemoryError, OSError) as error:  # the last: no room for the workers' queues
-                losses = prediction = None  # their graph holds the memory that was asked for
-                run.recover(error, window)  # and the same window again, if that is possible
+            # One update is done.
+            learning_rate = lr_scheduler.get_last_lr()[0]
+            applied = result.finite and not accelerator.optimizer_step_was_skipped
+            if applied:
+                lr_scheduler.step()
+                if ema is not None:
+                    ema.step(parameters)
+            run.finish_step(result, learning_rate, applied)
+            run.evaluate()
+            run.save_if_due()
+            if result.stop:
+                raise Interrupted
     except Interrupted:
-        run.interrupt()
-        return run.stop.exit_code
-    run.finish(flops)
-    return 0
+        return run.interrupt()
+    except (RuntimeError, MemoryError, OSError) as error:  # OSError: shared memory exhausted
+        explain_failure(run, error)
+        raise
+    return run.finish(flops)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fine-tune a diffusion model on your own images.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's config (YAML)")
-    parser.add_argument("--check", action="store_true", help="validate config, data and model, show the plan, and stop")
-    parser.add_argument("--measure", action="store_true", help="as --check, and measure what the machine can compute")
+    parser.add_argument("--check", action="store_true", help="validate config, data and model, print the plan and exit")
+    parser.add_argument("--measure", action="store_true", help="like --check, and measure this machine's throughput")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="keys of the config to override")
     return parser.parse_intermixed_args()
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_processes()
     config = on_main_process(lambda: load_config(arguments.config, arguments.overrides))
     return main(config, arguments.check, arguments.measure)
 

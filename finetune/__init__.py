@@ -1,1 +1,1 @@
-"""Fine-tuning of diffusion models, one room a file; train.py at the top level puts them in order."""
+"""The parts that train.py assembles, a folder a floor: each imports from lower floors only (docs/architecture.md)."""

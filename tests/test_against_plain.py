@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.config import Config
-from finetune.data import load_images
-from finetune.model import load_model
-from finetune.randomness import noise, timestep
-from finetune.windows import epoch_order
-from tiny import history, run_here, tiny_config, weights, write_pictures
+from finetune.config.schema import Config
+from finetune.core.randomness import noise, timestep
+from finetune.data.loading import load_data
+from finetune.data.order import epoch_order
+from finetune.models.unconditional import load_unconditional
+from harness.compare import history, relative_difference, weights
+from harness.configs import tiny_config, write_config, write_pictures
+from harness.faults import skip_the_export
+from harness.processes import finish
 
 IMAGES, BATCH, EPOCHS, STEPS = 19, 8, 3, 9  # 8 + 8 + 3, three times
 
@@ -19,18 +22,20 @@ IMAGES, BATCH, EPOCHS, STEPS = 19, 8, 3, 9  # 8 + 8 + 3, three times
 def trained(tmp_path_factory):
     base = tmp_path_factory.mktemp("trained")
     config = tiny_config(write_pictures(base / "pictures", IMAGES), base / "run", training__num_epochs=EPOCHS)
-    assert run_here(config, base / "config.yaml") == 0
+    finish("--config", write_config(base / "config.yaml", config), folder=base, before=skip_the_export)
     return Config.model_validate(config)
 
 
 def plain_training(config, micro_batch_size=None):
-    """Big batches at once, or the notebook's accumulation: divide, add up, step at a window's end, flush the last one.
+    """Big batches at once, or accumulation as it is usually written: divide, add up, step at a window's end, flush the
+    last one.
 
-    The notebook divided by the accumulation steps, which is wrong for a last window that has fewer images; here it is
-    by the images of the window.
+    Usually the loss is divided by the accumulation steps, which is wrong for a last window that has fewer images; here
+    it is by the images of the window.
     """
-    unet, noise_scheduler = load_model(config.model, None, config.seed)
-    pictures = load_images(config.data, 1, 8)
+    kind = load_unconditional(config.model, None, config.seed)
+    unet, noise_scheduler = kind.network, kind.noise_scheduler
+    pictures, _ = load_data(config.data, kind.image_format, config.seed)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.optimizer.learning_rate)
     losses = []
     for epoch in range(EPOCHS):
@@ -55,11 +60,8 @@ def plain_training(config, micro_batch_size=None):
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 4, 3])
-def test_the_trainer_is_a_plain_loop(trained, micro_batch_size):
+def test_a_run_ends_with_the_weights_of_a_plain_loop(trained, micro_batch_size):
     expected, losses = plain_training(trained, micro_batch_size)
-    found = weights(Path(trained.output_dir), STEPS)
-    difference = sum(float((found[name] - expected[name]).square().sum()) for name in expected) ** 0.5
-    norm = sum(float(tensor.square().sum()) for tensor in expected.values()) ** 0.5
-    assert difference / norm < 1e-5
+    assert relative_difference(expected, weights(Path(trained.output_dir), STEPS)) < 1e-5
     logged = [line["train/loss"] for line in history(Path(trained.output_dir))]
     assert logged == pytest.approx(losses, rel=1e-5)

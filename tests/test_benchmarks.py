@@ -1,32 +1,86 @@
-"""The benchmarks run: each in its short form, to its end. What they measure is for a quiet machine."""
+"""Each benchmark runs in its short form and prints every row of its tables. Figures need a quiet machine."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from tiny import ROOT
+from harness.configs import ROOT
 
-SHORT = {
-    "checkpointing": ["--short"],
-    "crash": ["--kills", "2"],
-    "invariance": ["--short"],
-    "loader": ["--short"],
-    "loss_signal": ["--short"],
-    "memory": ["--short"],
-    "speed": ["--short"],
+PASSES = [
+    f"{how} decoding, cores: {cores}" for how in ("full", "reduced") for cores in (1, len(os.sched_getaffinity(0)))
+]
+ROWS = {  # command -> the first cell of each row that it prints
+    "speed --short": [
+        *(f"8 images a micro-batch, N = {steps}" for steps in (1, 4)),
+        *("UNet of 0.045 M at 8 px, 16 images", "configs/digits.yaml, 4 x 16 images"),
+        "UNet of 0.045 M at 8 px, 16 images, by class",
+        *("bf16, UNet of 0.045 M at 8 px, 4 images", "channels-last, float32", "fused AdamW", "foreach EMA"),
+    ],
+    "speed --compile --short": ["the first pass", "UNet of 0.045 M at 8 px, 16 images"],
+    "checkpointing --short": [
+        *("command to first update over bare imports and model", "resumed at update 1 over fresh"),
+        *("a save over a plain write and sync", "saves at the default interval, updates of 0.4 s"),
+    ],
+    "classes --short": [
+        "1.0",
+        *("from the base, class rows N(0, 1)", "from the base, all rows zero", "from scratch"),
+        *("0", "1", "2", "3", "4"),
+    ],
+    "crash --kills 1": ["killed: ...", "runs that ended bit for bit as the undisturbed one"],
+    "invariance --short": ["1 x 2 x 4"],
+    "loader --short": [
+        *(f"64 px from the cache, images{how}" for how in (" alone", ", cropped and flipped at random")),
+        *("the same with noise and timesteps", "the same through two workers"),
+        *("own memory, from 20 to 400 images read", "mapped files, which the system drops when it needs room"),
+        *(f"first pass over photographs of 0.3 megapixels, {how}" for how in PASSES),
+        *("next start on the same 8 photographs", "an update on photographs over the bare loop's"),
+        "next start on 400 images in parquet",
+    ],
+    "loss_signal --short": [
+        "4 images x 2, independent timesteps, train/loss",
+        *("64 images, train/loss", "64 images, train/loss_smoothed"),
+        *("data", "compute", "update", "logging"),
+        *("uniform", "stratified"),
+        *("4", "8", "16", "64"),
+        *("from step to step", "around its mean"),
+    ],
+    "memory --short": [
+        *("configs/digits.yaml, micro-batch of 16", "64 px, micro-batch of 2", "mostly weights"),
+        "gradient checkpointing",
+        "global batch 16 over 4, micro-batches of 4",
+        *("gradient_checkpointing, micro-batch of 4", "saves, or none"),
+    ],
 }
+SHARED = {"bare", "environment", "table"}  # by the benchmarks
 
 
-def test_every_benchmark_is_here():
-    assert {path.stem for path in (ROOT / "tests/benchmarks").glob("*.py")} == {*SHORT, "bare"}
+def test_every_benchmark_is_listed():
+    files = {path.stem for path in (ROOT / "tests/benchmarks").glob("*.py")}
+    assert files == {command.split()[0] for command in ROWS} | SHARED
 
 
-@pytest.mark.parametrize(("name", "arguments"), [*SHORT.items(), ("speed", ["--compile", "--short"])])
-def test_it_runs(name, arguments):
-    command = [sys.executable, ROOT / f"tests/benchmarks/{name}.py", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    outcome = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+def rows(printed: str) -> list[list[str]]:
+    """The cells of all tables, without their heads."""
+    tables = re.findall(r"^\|[-:|]+\|\n((?:\|.*\n)+)", printed, re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for table in tables for line in table.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark
+@pytest.mark.parametrize("command", ROWS)
+def test_short_form_prints_every_row(command):
+    name, *arguments = command.split()
+    call = [sys.executable, ROOT / f"tests/benchmarks/{name}.py", *arguments]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "ACCELERATE_"))}
+    outcome = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    assert outcome.stdout.count("\n") > 2
+    found = rows(outcome.stdout)
+    assert [re.sub("(?<=^killed: ).*", "...", first) for first, *_ in found] == ROWS[command]
+    for first, *cells in found:
+        assert re.search(r"\d|not known yet", " ".join(cells)), first
+        assert "nan" not in cells, first
+    if name == "crash":
+        assert re.fullmatch(r"(\d+) of \1", found[-1][1])

@@ -1,82 +1,154 @@
-"""What makes one run of many splits, taken away piece by piece: each time the comparison has to fail."""
+"""What makes a run independent of its batch layout, broken piece by piece: each time layouts have to come apart.
+
+19 images in windows of 8 make updates of 8, 8 and 3 images: a fault of the last window alone shows in the third update
+alone. `train/grad_norm` is the norm of the whole gradient, before clipping.
+"""
 
 import pytest
-import torch
 
-from finetune import data, randomness, windows
-from splits import relative_difference
-from tiny import launch, run_here, tiny_config, weights, write_pictures
+from harness.compare import history, relative_difference, weights
+from harness.configs import tiny_config, write_config, write_pictures
+from harness.faults import skip_the_export
+from harness.processes import finish, launch
 
-STEPS = 3  # 19 images in windows of 8: 8 + 8 + 3
-
-
-def two_splits(folder):
-    """How far apart 8 x 1 and 2 x 4 end."""
-    pictures = write_pictures(folder / "pictures", 19)
-    for micro, steps in ((8, 1), (2, 4)):
-        config = tiny_config(
-            pictures,
-            folder / str(micro),
-            training__micro_batch_size=micro,
-            training__gradient_accumulation_steps=steps,
-            training__num_epochs=1,
-        )
-        assert run_here(config, folder / "config.yaml") == 0
-    return relative_difference(weights(folder / "8", STEPS), weights(folder / "2", STEPS))
+UPDATES = 3  # of an epoch
+SAME, APART = 1e-5, 1e-3  # relative differences
+WHOLE, PAIRS, SINGLE = (8, 1), (2, 4), (1, 8)  # micro-batch, accumulation steps
 
 
-def test_as_it_is(tmp_path):
-    assert two_splits(tmp_path) < 1e-5
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    config = tiny_config(write_pictures(base / "pictures", 19), base / "run", training__num_epochs=1)
+    return write_config(base / "config.yaml", config)
 
 
-def test_without_the_weight_of_the_tail(tmp_path, monkeypatch):
-    deal = windows.deal
+@pytest.fixture
+def compare(config_file, tmp_path):
+    """Ratios of the gradient norms, update by update, of one layout to another; and how far apart the weights end."""
 
-    def unweighted(images, epoch, positions, split):
-        for run in deal(images, epoch, positions, split):
-            real = sum(slot.weight > 0 for slot in run)  # the mean over each micro-batch, as everyone takes it
-            yield [slot._replace(weight=1 / real if slot.weight else 0.0) for slot in run]
+    def compared(one, other, fault=lambda: None, epochs=1):
+        def before():
+            skip_the_export()
+            fault()
 
-    monkeypatch.setattr(windows, "deal", unweighted)
-    assert two_splits(tmp_path) > 1e-4
+        runs = []
+        for micro, steps in (one, other):
+            runs.append(tmp_path / f"{micro}x{steps}")
+            sizes = {"micro_batch_size": micro, "gradient_accumulation_steps": steps, "num_epochs": epochs}
+            overrides = [f"output_dir={runs[-1]}", *(f"training.{key}={value}" for key, value in sizes.items())]
+            finish("--config", config_file, *overrides, folder=tmp_path, before=before)
+        norms = [[line["train/grad_norm"] for line in history(folder)] for folder in runs]
+        ratios = [first / second for first, second in zip(*norms, strict=True)]
+        assert len(ratios) == UPDATES * epochs
+        return ratios, relative_difference(*(weights(folder, UPDATES * epochs) for folder in runs))
 
-
-def test_with_noise_from_the_global_generator(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setattr(data.randomness, "noise", lambda seed, epoch, position, shape: torch.randn(shape))
-    assert two_splits(tmp_path) > 1e-4
-
-
-def test_with_padding_that_counts(tmp_path, monkeypatch):
-    deal = windows.deal
-
-    def padded(images, epoch, positions, split):
-        for run in deal(images, epoch, positions, split):
-            yield [slot._replace(weight=max(slot.weight, run[0].weight)) for slot in run]
-
-    monkeypatch.setattr(windows, "deal", padded)
-    assert two_splits(tmp_path) > 1e-4
+    return compared
 
 
-def test_with_timesteps_that_depend_on_the_place_in_the_batch(tmp_path, monkeypatch):
-    timestep = randomness.timestep
-    monkeypatch.setattr(
-        data.randomness, "timestep", lambda seed, epoch, position, *rest: timestep(seed, epoch, position % 2, *rest)
-    )
-    assert two_splits(tmp_path) < 1e-5  # still a function of the position, and so still one run
-    calls = []
-    monkeypatch.setattr(
-        data.randomness, "timestep", lambda seed, epoch, position, *rest: calls.append(1) or len(calls) % 100
-    )
-    (tmp_path / "again").mkdir()
-    assert two_splits(tmp_path / "again") > 1e-4
+def together(ratios):
+    """Of each update, whether its gradients have the same norm."""
+    return [abs(ratio - 1) < SAME for ratio in ratios]
 
 
-@pytest.mark.parametrize(("unprepared", "expected"), [(False, "12 12"), (True, "12 48")])
-def test_one_set_of_all_reduces_an_update(unprepared, expected):
-    """Counted by a communication hook on two processes: N = 1 and N = 4, twelve updates each, one bucket."""
-    flags = ["--unprepared"] if unprepared else []
-    outcome = launch(*flags, processes=2, script="tests/reduces.py")
+@pytest.mark.parametrize("layout", [PAIRS, SINGLE])
+def test_layouts_agree_as_long_as_nothing_is_broken(compare, layout):
+    ratios, apart = compare(WHOLE, layout)
+    assert together(ratios) == [True, True, True]
+    assert apart < SAME
+
+
+def test_the_mean_of_each_micro_batch_makes_the_last_gradient_too_small(compare):
+    """The usual mistake: the loss is a micro-batch's mean, which Accelerate divides by N in a shorter window too.
+
+    Of single images, the last window has 3 of the 8 micro-steps that it is divided by: 3/8 of its mean.
+    """
+
+    def fault():
+        from finetune.data import order
+
+        deal = order.deal
+
+        def means(*arguments):
+            for micro_batch in deal(*arguments):
+                real = sum(slot.weight > 0 for slot in micro_batch)
+                yield [slot._replace(weight=1 / real if slot.weight else 0.0) for slot in micro_batch]
+
+        order.deal = means
+
+    ratios, _ = compare(SINGLE, WHOLE, fault)
+    assert ratios == pytest.approx([1, 1, 3 / 8], rel=SAME)
+
+
+def test_padding_that_counts_pulls_layouts_apart_in_the_last_update(compare):
+    """The first image fills up the window: 6 times among 8 in one micro-batch, twice among 4 in two pairs."""
+
+    def fault():
+        from finetune.data import order
+
+        deal = order.deal
+
+        def padded(*arguments):
+            for micro_batch in deal(*arguments):
+                weight = max(slot.weight for slot in micro_batch)
+                yield [slot._replace(weight=weight) for slot in micro_batch]
+
+        order.deal = padded
+
+    ratios, apart = compare(WHOLE, PAIRS, fault)
+    assert together(ratios) == [True, True, False]
+    assert abs(ratios[2] - 1) > APART
+    assert apart > SAME
+
+
+def test_noise_from_the_global_generator_pulls_layouts_apart_after_the_first_padding(compare):
+    """Padding draws as well: 5 times in one micro-batch of 8, once in two pairs. The second epoch's noise differs."""
+
+    def fault():
+        import torch
+
+        from finetune.core import randomness
+
+        torch.manual_seed(0)
+        randomness.noise = lambda seed, epoch, position, shape: torch.randn(shape)
+
+    ratios, apart = compare(WHOLE, PAIRS, fault, epochs=2)
+    assert together(ratios) == [True, True, True, False, False, False]
+    assert apart > APART
+
+
+def test_timesteps_by_the_place_in_the_micro_batch_pull_layouts_apart(compare):
+    def fault():
+        from finetune.data.batches import Batches
+
+        read = Batches.__getitems__
+
+        def by_place(batches, slots):
+            batch = read(batches, slots)
+            batch["timesteps"] = 10 * batch["timesteps"].new_tensor(range(len(slots)))
+            return batch
+
+        Batches.__getitems__ = by_place
+
+    ratios, apart = compare(WHOLE, PAIRS, fault)
+    assert together(ratios) == [False, False, False]
+    assert apart > APART
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "reduced", "equal_at_the_end_alone"),
+    [((), "12 12", "True True"), (("--unprepared",), "12 48", "True False")],
+    ids=["prepared", "bare"],
+)
+def test_gradients_are_reduced_once_an_update_if_accumulate_is_on_the_prepared_network(
+    flags, reduced, equal_at_the_end_alone
+):
+    """Twelve updates of N = 1 and then of N = 4 micro-steps, on two processes; the gradients fill one bucket.
+
+    On the bare network every micro-step reduces: 12 x 4.
+    """
+    outcome = launch(*flags, processes=2, script="tests/harness/all_reduces.py")
     assert outcome.returncode == 0, outcome.stderr[-2000:]
-    assert f"reduces: {expected}" in outcome.stdout
-    assert "apart inside a window, together at its end: True" in outcome.stdout
+    assert f"all-reduces: {reduced}\n" in outcome.stdout
+    assert f"gradients equal at a window's end alone: {equal_at_the_end_alone}\n" in outcome.stdout

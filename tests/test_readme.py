@@ -1,7 +1,8 @@
-"""The README is true: its commands run, its table of keys is the schema."""
+"""README, CONTRIBUTING and docs/ are true: commands run, links lead somewhere, the config reference is current."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,35 +12,103 @@ import urllib.request
 import pytest
 import yaml
 
-from finetune.config import Config, load_config
-from tiny import ROOT, write_config
+from finetune.config.load import load_config
+from harness.configs import ROOT, write_config
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
-ELSEWHERE = {  # by .ci/run, which calls this, and by test_train.py's main job
-    "pip install -r requirements.txt",
-    "pip install -r tests/requirements.txt && pytest",
-    "accelerate launch --config_file accelerate_config.yaml train.py --config configs/digits.yaml",
-}
-HERE = {
+README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = re.findall(r"```bash\n(.*?)```", README + CONTRIBUTING, re.DOTALL)
+COMMANDS = {part.strip() for block in BLOCKS for line in block.splitlines() for part in line.split("&&")}
+MAIN_JOB = (
+    "accelerate launch --quiet --config_file accelerate_config.yaml train.py --config configs/digits-classes.yaml"
+)
+BASE = "accelerate launch train.py --config configs/digits-base.yaml"
+SHORT = "training.max_train_steps=2 samples.count=0"
+PRINTED = {  # command -> what it prints; the two trainings are cut short
+    f"{MAIN_JOB} {SHORT}": "Finished: runs/digits-classes",
+    f"{BASE} {SHORT}": "Finished: runs/digits-base",
     "python train.py --config configs/digits.yaml --check": "Memory: ",
-    "accelerate launch train.py --config configs/digits.yaml output_dir=runs/try training.max_train_steps=20": "Finish",
+    "accelerate launch --quiet train.py --config configs/digits.yaml output_dir=runs/try training.max_train_steps=20": (
+        "Finished: runs/try"
+    ),
 }
-TENSORBOARD = "tensorboard --logdir runs/digits"
+IN_CI = {  # command -> the line of .ci/run, which runs these tests
+    "python3 -m venv .venv": '"$python" -m venv "$environment"',
+    ". .venv/bin/activate": '. "$environment/bin/activate"',
+    "pip install -r requirements.txt": "pip install --quiet -r requirements.txt",
+    "pip install -r tests/requirements.txt": "pip install --quiet -r tests/requirements.txt",
+    "ruff check .": "ruff check .",
+    "ruff format --check .": "ruff format --check .",
+    "mypy": "mypy",
+    "pytest": "pytest",
+    'pytest -m "not slow"': "pytest",
+}
+TENSORBOARD = "tensorboard --logdir runs/digits-classes"
+REFERENCE = "python docs/make_config.py"
 
 
 def test_every_command_is_run_somewhere():
-    assert {*COMMANDS} == ELSEWHERE | {*HERE, TENSORBOARD}
-    ci = (ROOT / ".ci/run").read_text()
-    assert "pip install" in ci
-    assert "pytest" in ci
+    short = {command.removesuffix(f" {SHORT}") for command in PRINTED}
+    assert {*IN_CI, *short, TENSORBOARD, REFERENCE} == COMMANDS
+    lines = [line.strip() for line in (ROOT / ".ci/run").read_text().splitlines()]
+    assert [line for line in IN_CI.values() if line not in lines] == []
+
+
+def test_links_lead_somewhere():
+    """To files, and to headings of files as GitHub names them."""
+    links = [
+        (page, "".join(link))
+        for page in PAGES
+        for link in re.findall(r"\]\(([^)]+)\)|(?:src|srcset)=\"([^\"]+)\"", page.read_text())
+        if not "".join(link).startswith("https://")
+    ]
+    assert (ROOT / "README.md", "docs/pictures/digits-dark.png") in links
+    for page, target in links:
+        file, _, heading = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings], target
+
+
+def test_pictures_are_small():
+    assert sum(file.stat().st_size for file in (ROOT / "docs/pictures").iterdir()) < 300_000
+
+
+def test_architecture_names_every_file():
+    text = (ROOT / "docs/architecture.md").read_text()
+    listed = {}
+    for folder, files in re.findall(r"\.\./finetune/(\w+)\) \| ([^|]+) \|", text):
+        listed[folder] = sorted(re.findall(r"`(\w+)`", files))
+    found = {}
+    for file in (ROOT / "finetune").glob("*/*.py"):
+        if file.stem != "__init__":
+            found.setdefault(file.parent.name, []).append(file.stem)
+    assert listed == {folder: sorted(files) for folder, files in found.items()}
+
+
+def test_readme_config_is_valid(tmp_path):
+    text = next(block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "runs/mine" in block)
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    assert load_config(file).training.micro_batch_size == "auto"
+
+
+def test_reference_configs_are_valid(tmp_path):
+    """The two that stand first; the networks after them are built below."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/config.md").read_text(), re.DOTALL)
+    for text in blocks[:2]:
+        file = tmp_path / "example.yaml"
+        file.write_text(text)
+        assert load_config(file).training.global_batch_size == 64
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
+    """A copy of the repository, in which commands may write."""
     folder = tmp_path_factory.mktemp("readme") / "checkout"
-    ignored = shutil.ignore_patterns(".*", "runs", "__pycache__", "tests")
-    shutil.copytree(ROOT, folder, ignore=ignored)
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "tests", "pictures"))
     return folder
 
 
@@ -48,22 +117,55 @@ def in_shell(command, checkout):
     return {"args": command, "shell": True, "cwd": checkout, "env": {**os.environ, "PATH": path}}
 
 
-@pytest.mark.parametrize("command", HERE)
-def test_a_command(command, checkout):
-    outcome = subprocess.run(**in_shell(command, checkout), capture_output=True, text=True, timeout=300)
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
-    assert HERE[command] in outcome.stdout
+def output(command, checkout):
+    done = subprocess.run(**in_shell(command, checkout), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PRINTED)
+def test_command(command, checkout):
+    assert PRINTED[command] in output(command, checkout)
+
+
+@pytest.mark.slow
+def test_exported_pipeline_is_used_as_shown(checkout):
+    output(f"{MAIN_JOB} {SHORT}", checkout)  # finished already, unless this test runs alone
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert output(f"python -c {shlex.quote(snippet + 'print(len(images), images[0].size)')}", checkout) == (
+        "3 (16, 16)\n"
+    )
+
+
+@pytest.mark.slow
 def test_two_processes_on_a_cpu(checkout):
     row = next(line for line in README.splitlines() if "two processes on a CPU" in line)
-    command = re.search(r"`(.*)`", row)[1] + " output_dir=runs/two training.max_train_steps=2 samples.count=0"
-    outcome = subprocess.run(**in_shell(command, checkout), capture_output=True, text=True, timeout=300)
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
-    assert "cpu, 2 process(es)" in outcome.stdout
+    command = re.search(r"`(.*)`", row)[1]
+    assert "cpu, 2 process(es)" in output(f"{command} output_dir=runs/two {SHORT}", checkout)
 
 
-def test_the_board_shows_a_run(checkout):
+@pytest.mark.slow
+def test_networks_of_the_reference_are_built(checkout, tmp_path):
+    text = (ROOT / "docs/config.md").read_text()
+    networks = re.findall(r"\(([\d.]+) M parameters\).*?```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(networks) == 2
+    for millions, block in networks:
+        config = yaml.safe_load((ROOT / "configs/digits.yaml").read_text()) | yaml.safe_load(block)
+        file = write_config(tmp_path / "scratch.yaml", config)
+        printed = output(f"python train.py --config {file} output_dir=runs/scratch --check", checkout)
+        (found,) = re.findall(r"from scratch: ([\d.]+) M parameters", printed)
+        assert float(found) == pytest.approx(float(millions), abs=0.5)
+
+
+@pytest.mark.slow
+def test_config_reference_is_current(checkout):
+    output(REFERENCE, checkout)
+    assert (checkout / "docs/config.md").read_text() == (ROOT / "docs/config.md").read_text()
+
+
+@pytest.mark.slow
+def test_tensorboard_starts(checkout):
     board = subprocess.Popen(**in_shell(f"exec {TENSORBOARD} --port 6131", checkout), stderr=subprocess.DEVNULL)
     try:
         for _ in range(60):
@@ -77,31 +179,3 @@ def test_the_board_shows_a_run(checkout):
     finally:
         board.kill()
         board.wait()
-
-
-def test_the_table_has_every_key_with_its_default():
-    rows = [row.split("|")[1:3] for row in README.split("## Config\n")[1].splitlines() if row.startswith("| `")]
-    told = {}
-    for keys, defaults in rows:
-        names = re.findall(r"`(.*?)`", keys)
-        section = names[0].rpartition(".")[0]
-        names = [section + name if name.startswith(".") else name for name in names]
-        values = yaml.safe_load(f"[{defaults}]") or ["not told"] * len(names)
-        told |= dict(zip(names, values, strict=True))
-    schema = {}
-    for name, field in Config.model_fields.items():
-        keys = getattr(field.annotation, "model_fields", None)
-        schema |= {f"{name}.{key}": inner.default for key, inner in keys.items()} if keys else {name: field.default}
-    assert told.keys() | {"optimizer.name"} == schema.keys()  # it has one name, which the row of its other keys says
-    for key, value in told.items():
-        default = list(schema[key]) if isinstance(schema[key], tuple) else schema[key]
-        if value != "not told":
-            assert (float(value) if isinstance(default, float) else value) == default, key
-        else:
-            assert schema[key] is None or "Undefined" in repr(schema[key]), key
-
-
-def test_its_own_config_is_one(tmp_path):
-    text = next(block for block in re.findall(r"```yaml\n(.*?)```", README, re.S) if "runs/mine" in block)
-    config = load_config(write_config(tmp_path / "mine.yaml", yaml.safe_load(text.replace("1e-5", "1.0e-5"))))
-    assert config.training.micro_batch_size == "auto"

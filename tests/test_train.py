@@ -1,8 +1,6 @@
-"""The real script, from a config to a pipeline: the main job, the notebook's recipe, every objective and launch."""
+"""train.py from a config to a pipeline: the README's job, the notebook recipes, objectives, two processes, bf16."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,58 +9,73 @@ import yaml
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from finetune.compute import has_bf16
-from test_model import CELEBAHQ
-from tiny import ROOT, UNET, history, launch, run_here, tiny_config, weights, write_config, write_pictures
+from harness.compare import curves, history, untimed, weights
+from harness.configs import ROOT, UNET, tiny_config, write_config, write_pictures
+from harness.faults import skip_the_export
+from harness.processes import finish, launch, run, run_two
+
+CURVES = {  # colours of loss_curve.png: matplotlib's tab:blue, tab:orange, tab:green, tab:red
+    "train/loss_smoothed": (31, 119, 180),
+    "train/epoch_loss": (255, 127, 14),
+    "validation/loss": (44, 160, 44),
+    "validation/loss_ema": (214, 39, 40),
+}
 
 
-def judged(folder, count=200):
-    """Digits that an SVC, trained on all the real ones, sees in `count` samples of a pipeline."""
+def logged(output_dir, name):
+    """A scalar of metrics.jsonl, in the order of the steps."""
+    return [line[name] for line in history(output_dir) if name in line]
+
+
+def recognised(folder, count=200):
+    """The digits that an SVC, trained on all the real ones, recognises in `count` samples of a pipeline."""
     from sklearn.datasets import load_digits
     from sklearn.svm import SVC
 
     digits = load_digits()
-    judge = SVC(gamma=0.001).fit(digits.data, digits.target)
+    classifier = SVC(gamma=0.001).fit(digits.data, digits.target)
     pipeline = DDIMPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(1)
     images = pipeline(batch_size=count, generator=generator, num_inference_steps=40, output_type="np").images
     # 16 x 16 back to 8 x 8 by averaging, 0..1 back to 0..16
-    return judge.predict(16 * images.reshape(count, 8, 2, 8, 2).mean((2, 4)).reshape(count, 64))
+    return classifier.predict(16 * images.reshape(count, 8, 2, 8, 2).mean((2, 4)).reshape(count, 64))
 
 
-def test_the_main_job(tmp_path):
-    """The README's command: a base that knows 0-4 learns 5-9."""
+@pytest.mark.slow
+def test_the_readme_command_turns_a_model_of_0_to_4_into_one_of_5_to_9(tmp_path):
     assert (ROOT / "configs/digits-base/unet/diffusion_pytorch_model.safetensors").stat().st_size < 2_000_000
-    base = judged(ROOT / "configs/digits-base")
+    base = recognised(ROOT / "configs/digits-base")
     assert (base >= 5).mean() <= 0.15
+    run_dir = tmp_path / "run"
     outcome = launch(
-        *("--config", "configs/digits.yaml", f"output_dir={tmp_path / 'run'}"),
+        *("--config", "configs/digits.yaml", f"output_dir={run_dir}"),
         config_file="accelerate_config.yaml",
+        seconds=1200,
         OMP_NUM_THREADS="2",
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    made = judged(tmp_path / "run/pipeline")
-    assert (made >= 5).mean() >= 0.9
-    assert {5, 6, 7, 8, 9} <= set(made.tolist())
+    trained = recognised(run_dir / "pipeline")
+    assert (trained >= 5).mean() >= 0.9
+    assert {5, 6, 7, 8, 9} <= set(trained.tolist())
 
-    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
+    files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*")}
     assert {"config.yaml", "loss_curve.png", "metrics.jsonl", "pipeline/README.md", "samples/step-0.png"} <= files
-    assert {"samples/step-91.png", "samples/step-182.png", "checkpoint-182/manifest.json"} <= files
-    assert len([file for file in files if file.startswith("checkpoint-") and file.endswith("manifest.json")]) == 3
-    validation = [line["validation/loss_ema"] for line in history(tmp_path / "run") if "validation/loss_ema" in line]
-    assert len(validation) == 8  # steps 0, 26, .. 182
+    assert {"samples/step-91.png", "samples/step-182.png"} <= files
+    assert {path.name for path in run_dir.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (100, 150, 182)}
+    assert [line["step"] for line in history(run_dir) if "validation/loss_ema" in line] == list(range(0, 183, 26))
+    validation = logged(run_dir, "validation/loss_ema")
     assert validation[-1] < 0.85 * validation[0]
 
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
-    """A small pipeline of google/ddpm-celebahq-256's architecture, in both formats, and colour pictures for it."""
+    """A small pipeline of RGB images in both formats of weights, and 23 colour pictures in nested folders."""
     base = tmp_path_factory.mktemp("faces")
     torch.manual_seed(0)
-    pipeline = DDPMPipeline(UNet2DModel(**CELEBAHQ), DDPMScheduler())
+    unet = UNet2DModel(**UNET | {"sample_size": 32, "in_channels": 3, "out_channels": 3})
+    pipeline = DDPMPipeline(unet, DDPMScheduler())
     pipeline.save_pretrained(base / "safetensors")
     pipeline.save_pretrained(base / "bin", safe_serialization=False)
     rng = np.random.default_rng(0)
@@ -74,35 +87,37 @@ def faces(tmp_path_factory):
     return base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "weights_format"), [("butterflies", "safetensors"), ("wikiart", "bin")])
-def test_the_notebook_recipes_on_local_folders(faces, tmp_path, capsys, recipe, weights_format):
+def test_a_notebook_recipe_trains_on_local_pictures(faces, tmp_path, recipe, weights_format):
     config = yaml.safe_load((ROOT / f"configs/{recipe}.yaml").read_text())
-    overrides = [
-        f"model.pretrained={faces / weights_format}",
-        f"data.source={faces / 'pictures'}",
-        f"output_dir={tmp_path / 'run'}",
-        "data.num_workers=0",
-        "samples.inference_steps=2",
-        "samples.count=2",
-        "validation.images=2",
-    ]
-    assert run_here(config, tmp_path / "config.yaml", *overrides) == 0
-    lines, printed = history(tmp_path / "run"), capsys.readouterr().out
+    changes = {
+        "model.pretrained": faces / weights_format,
+        "data.source": faces / "pictures",
+        "output_dir": tmp_path / "run",
+        "data.num_workers": 0,
+        "samples.inference_steps": 2,
+        "samples.count": 2,
+        "validation.images": 2,
+    }
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    done = finish("--config", write_config(tmp_path / "config.yaml", config), *overrides, folder=tmp_path)
 
     # butterflies: 22 images (1 held out) in windows of 4 x 2 = 8: 8 + 8 + 6, twice; wikiart: 22 in one window of 32
-    updates = [line for line in lines if "train/loss" in line]
+    updates = [line for line in history(tmp_path / "run") if "train/loss" in line]
     assert len(updates) == {"butterflies": 6, "wikiart": 1}[recipe]
     assert {line["train/learning_rate"] for line in updates} == {1e-5}
-    averages = [line["train/epoch_loss"] for line in updates if "train/epoch_loss" in line]
+    averages = logged(tmp_path / "run", "train/epoch_loss")
     assert len(averages) == {"butterflies": 2, "wikiart": 1}[recipe]
     for epoch, average in enumerate(averages, 1):
-        assert f"epoch {epoch}: average loss {average:.5f}" in printed
+        assert f"epoch {epoch}: average loss {average:.5f}" in done.stdout
     if recipe == "butterflies":  # the average is over images, not over updates
         first = [line["train/loss"] for line in updates[:3]]
         assert averages[0] == pytest.approx((8 * first[0] + 8 * first[1] + 6 * first[2]) / 22)
 
     with Image.open(tmp_path / "run/loss_curve.png") as curve:
-        assert len(set(curve.convert("RGB").getdata())) > 20
+        colours = {colour for _, colour in curve.convert("RGB").getcolors(2**24)}
+    assert set(CURVES.values()) <= colours
     card = (tmp_path / "run/pipeline/README.md").read_text()
     assert "learning_rate: 1.0e-05" in card
     assert f"{averages[-1]:.5f}" in card
@@ -110,14 +125,14 @@ def test_the_notebook_recipes_on_local_folders(faces, tmp_path, capsys, recipe, 
     assert DDPMPipeline.from_pretrained(tmp_path / "run/pipeline").unet.config.sample_size == 32
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    return write_pictures(tmp_path / "pictures", 13)
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 13)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
-def test_every_objective_gets_better(pictures, tmp_path, prediction_type, snr_gamma):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_training_lowers_the_validation_loss_of_every_objective(pictures, tmp_path, prediction_type, snr_gamma):
     config = tiny_config(
         pictures,
         tmp_path / "run",
@@ -127,20 +142,15 @@ def test_every_objective_gets_better(pictures, tmp_path, prediction_type, snr_ga
         data__validation_fraction=0.1,
         validation__images=32,
     )
-    assert run_here(config, tmp_path / "config.yaml") == 0
-    validation = [line["validation/loss"] for line in history(tmp_path / "run") if "validation/loss" in line]
+    finish("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path)
+    validation = logged(tmp_path / "run", "validation/loss")
+    assert len(validation) == 2  # before the first update and after the last
     assert validation[-1] < 0.95 * validation[0]
     exported = json.loads((tmp_path / "run/pipeline/scheduler/scheduler_config.json").read_text())
     assert exported["prediction_type"] == prediction_type
 
 
-def scalars(output_dir):
-    events = EventAccumulator(str(output_dir / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
-    events.Reload()
-    return events
-
-
-def test_two_processes_watched_in_tensorboard(pictures, tmp_path):
+def test_two_processes_log_and_validate_like_one(pictures, tmp_path):
     config = tiny_config(
         pictures,
         tmp_path / "run",
@@ -149,93 +159,100 @@ def test_two_processes_watched_in_tensorboard(pictures, tmp_path):
         validation__every_steps=2,
         samples={"every_steps": 2, "count": 3, "inference_steps": 2},
     )
-    outcome = launch("--config", write_config(tmp_path / "config.yaml", config), processes=2)
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
-    assert "cpu, 2 process(es), float32" in outcome.stdout
-    assert "16 = 4 per micro-batch x 2 accumulation steps x 2 process(es)" in outcome.stdout
-    assert outcome.stdout.count("Finished:") == 1
+    file = write_config(tmp_path / "config.yaml", config)
+    main, other = run_two("--config", file, folder=tmp_path)
+    assert [main.returncode, other.returncode] == [0, 0], main.stderr + other.stderr
+    assert "cpu, 2 process(es) with 1 thread(s) each, float32" in main.stdout
+    assert "16 = 4 per micro-batch x 2 accumulation steps x 2 process(es)" in main.stdout
+    assert main.stdout.count("Finished:") == 1
+    assert other.stdout == ""
 
-    events = scalars(tmp_path / "run")
     # 12 images in windows of 16: one update an epoch, two epochs
-    for tag in ("loss", "epoch_loss", "learning_rate", "grad_norm", "images_per_second", "loss_smoothed"):
-        assert [point.step for point in events.Scalars(f"train/{tag}")] == [1, 2], tag
-    for tag in ("validation/loss", "validation/loss_ema"):
-        assert [point.step for point in events.Scalars(tag)] == [0, 2], tag
-    assert [image.step for image in events.Images("samples")] == [0, 2]
-    logged = [line["train/loss"] for line in history(tmp_path / "run") if "train/loss" in line]
-    assert [point.value for point in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
-    assert "global_batch_size" in str(events.Tensors("config/text_summary")[0])
-    # the same validation on one process in other micro-batches: to the bit at the start, and with rounding later
-    config["training"] |= {"micro_batch_size": 16, "gradient_accumulation_steps": 1}
-    assert run_here({**config, "output_dir": str(tmp_path / "one")}, tmp_path / "one.yaml") == 0
-    found, expected = (
-        [line["validation/loss"] for line in history(tmp_path / name) if "validation/loss" in line]
-        for name in ("run", "one")
-    )
+    shown = curves(tmp_path / "run")
+    for tag in ("loss", "loss/each_update", "loss/epoch_mean", "optimizer/learning_rate", "optimizer/gradient_norm"):
+        assert [step for step, _ in shown[f"train/{tag}"]] == [1, 2], tag
+    for name in ("validation/loss", "validation_ema/loss"):
+        assert [step for step, _ in shown[name]] == [0, 2], name
+    losses = logged(tmp_path / "run", "train/loss")
+    assert [value for _, value in shown["train/loss/each_update"]] == pytest.approx(losses, rel=1e-6)
+    # Validation on one process in other micro-batches: bit-exact at the start, equal up to rounding after training.
+    one = (f"output_dir={tmp_path / 'one'}", "training.micro_batch_size=16", "training.gradient_accumulation_steps=1")
+    finish("--config", file, *one, folder=tmp_path, before=skip_the_export)
+    found, expected = (logged(tmp_path / name, "validation/loss") for name in ("run", "one"))
     assert found[0] == expected[0]
     assert found == pytest.approx(expected, rel=1e-5)
-    # the weights that were trained have no prefix of the wrapper that trained them
+    # DDP's prefix is not in the names of the weights.
     assert "conv_in.weight" in weights(tmp_path / "run", 2)
 
 
-def test_bfloat16_and_a_compiled_network_export_plain_float32(pictures, tmp_path):
+@pytest.mark.slow
+def test_bf16_and_torch_compile_save_float32_weights_under_plain_names(pictures, tmp_path):
     config = tiny_config(pictures, tmp_path / "run")
     outcome = launch(
         *("--config", write_config(tmp_path / "config.yaml", config)),
         launcher=["--mixed_precision", "bf16", "--dynamo_backend", "aot_eager"],
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    slow = "" if has_bf16(torch.device("cpu")) else " (this CPU has no unit for it: slower than float32)"
-    assert f"1 process(es), bf16 mixed precision{slow}\n" in outcome.stdout
+    assert "1 process(es) with 1 thread(s) each, bf16 mixed precision" in outcome.stdout
     exported = load_file(tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors")
-    assert "conv_in.weight" in exported
-    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
-    assert {tensor.dtype for tensor in weights(tmp_path / "run", 4).values()} == {torch.float32}
+    saved = weights(tmp_path / "run", 4)
+    assert exported.keys() == saved.keys() == UNet2DModel(**UNET).state_dict().keys()
+    assert {tensor.dtype for tensor in (*exported.values(), *saved.values())} == {torch.float32}
 
 
-def test_a_finished_run_says_so_and_can_be_extended(pictures, tmp_path, capsys):
+@pytest.mark.parametrize("native", [True, False])
+def test_the_plan_says_where_a_cpu_only_emulates_bf16(pictures, tmp_path, native):
+    def before():
+        from finetune.run import summary
+
+        summary.has_bf16 = lambda device: native
+
+    file = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run"))
+    environment = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
+    checked = finish("--config", file, "--check", folder=tmp_path, before=before, **environment)
+    note = "" if native else " (no native bf16 support on this CPU: slower than float32)"
+    assert f"cpu, 1 process(es) with 1 thread(s) each, bf16 mixed precision{note}\n" in checked.stdout
+
+
+def test_a_finished_run_can_be_extended_and_says_how(pictures, tmp_path):
     config = tiny_config(pictures, tmp_path / "run", training__num_epochs=1)
-    assert run_here(config, tmp_path / "config.yaml") == 0
-    before = weights(tmp_path / "run", 2)
-    capsys.readouterr()
+    command = ("--config", write_config(tmp_path / "config.yaml", config))
+    finish(*command, folder=tmp_path)
+    before, lines = weights(tmp_path / "run", 2), untimed(tmp_path / "run")
 
-    assert run_here(config, tmp_path / "config.yaml") == 0
-    printed = capsys.readouterr().out
-    assert f"Going on from {tmp_path / 'run/checkpoint-2'}: step 2 of 2." in printed
-    assert "to go on" in printed
-    assert "the same command with a training.max_train_steps above 2" in printed
+    again = finish(*command, folder=tmp_path)
+    assert f"Resuming from {tmp_path / 'run/checkpoint-2'}: step 2 of 2." in again.stdout
+    assert "to train longer" in again.stdout
+    assert "run again with a training.max_train_steps above 2" in again.stdout
     after = weights(tmp_path / "run", 2)
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert untimed(tmp_path / "run") == lines
 
-    config["training"] |= {"num_epochs": 2}
-    config["optimizer"]["learning_rate"] = 5e-4
-    assert run_here(config, tmp_path / "config.yaml") == 0
-    printed = capsys.readouterr().out
-    assert "optimizer.learning_rate: 0.001 in the checkpoint, 0.0005 now" in printed
+    extended = finish(*command, "training.max_train_steps=4", "optimizer.learning_rate=5e-4", folder=tmp_path)
+    assert "optimizer.learning_rate: 0.001 in the checkpoint, 0.0005 now" in extended.stdout
+    assert "training.max_train_steps: None in the checkpoint, 4 now" in extended.stdout
     assert [line["step"] for line in history(tmp_path / "run")] == [1, 2, 3, 4]
-    assert [line["train/learning_rate"] for line in history(tmp_path / "run")] == [1e-3, 1e-3, 5e-4, 5e-4]
+    assert logged(tmp_path / "run", "train/learning_rate") == [1e-3, 1e-3, 5e-4, 5e-4]
 
-    config["seed"] = 4
-    file = write_config(tmp_path / "config.yaml", config)
-    outcome = script("--config", file)
+
+def test_another_seed_in_the_same_folder_is_refused(pictures, tmp_path):
+    file = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run", training__num_epochs=1))
+    finish("--config", file, folder=tmp_path, before=skip_the_export)
+    outcome = run("--config", file, "seed=4", folder=tmp_path)
     assert outcome.returncode == 2
-    assert "error: " in outcome.stderr
-    assert "is of another run: seed: 3 in the checkpoint, 4 now" in outcome.stderr
     assert "Traceback" not in outcome.stderr
+    assert outcome.errors == [
+        f"{tmp_path / 'run/checkpoint-2'} is of another run: seed: 3 in the checkpoint, 4 now",
+        "set another output_dir to start a new run, or the former values to resume this one",
+    ]
 
 
-def script(*arguments):
-    command = [sys.executable, ROOT / "train.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def test_check_says_the_plan_and_writes_nothing(pictures, tmp_path):
+def test_check_prints_the_plan_and_writes_nothing(pictures, tmp_path):
     file = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run"))
-    outcome = script("--config", file, "--check", "training.num_epochs=3")
-    assert outcome.returncode == 0, outcome.stderr
+    outcome = finish("--config", file, "--check", "training.num_epochs=3", folder=tmp_path)
     assert "13 to train on, 0 held out; 8 x 8, 1 channel(s)" in outcome.stdout
     assert "8 = 4 per micro-batch x 2 accumulation steps x 1 process(es)" in outcome.stdout
-    assert "6 updates, 2 an epoch" in outcome.stdout
+    assert "6 updates, 2 an epoch" in outcome.stdout  # 8 + 5 images, three times
     assert "Memory: " in outcome.stdout
     assert not (tmp_path / "run").exists()
 
@@ -248,46 +265,47 @@ def test_check_says_the_plan_and_writes_nothing(pictures, tmp_path):
         ({"data__resolution": 7}, "data.resolution: found 7; expected a multiple of 2"),
         ({"model": {"pretrained": "configs"}}, "model.pretrained: configs: model_index.json cannot be read"),
         ({"training__global_batch_size": 9}, "found global_batch_size 9; expected"),
-        ({"logging__tracker": "wandb"}, "logging.tracker"),
-        ({"logging__tracker": "nonsense"}, "nonsense"),
+        ({"logging__tracker": "wandb"}, "logging.tracker: wandb is not installed here"),
+        ({"logging__tracker": "nonsense"}, "Unsupported logging capability: nonsense"),
     ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_mistake_is_one_line_and_nothing_is_written(pictures, tmp_path, change, line):
-    from finetune.errors import UserError
-
+def test_a_mistake_in_the_config_is_one_line_and_nothing_is_written(pictures, tmp_path, change, line):
     config = tiny_config(pictures, tmp_path / "run", **change)
-    with pytest.raises(UserError) as failure:
-        run_here(config, tmp_path / "config.yaml")
-    assert failure.value.exit_code == 2
-    assert len(failure.value.problems) == 1
-    assert line in str(failure.value)
+    outcome = run("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path)
+    assert outcome.returncode == 2
+    assert line in outcome.error
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_through_the_script(tmp_path):
+def test_an_empty_folder_of_pictures_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     file = write_config(tmp_path / "config.yaml", tiny_config(tmp_path / "empty", tmp_path / "run"))
-    outcome = script("--config", file)
+    outcome = run("--config", file, folder=tmp_path)
     assert outcome.returncode == 2
-    assert outcome.stderr.splitlines()[-1].startswith("error: data.source: ")
-    assert "Traceback" not in outcome.stderr
+    assert outcome.error.startswith("data.source: ")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_accumulation_variable_of_the_launch_does_not_override_silently(pictures, tmp_path, monkeypatch):
-    from finetune.errors import UserError
+def test_accumulation_steps_in_the_environment_do_not_override_the_config(pictures, tmp_path):
+    file = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run"))
+    outcome = run("--config", file, folder=tmp_path, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="5")
+    assert outcome.returncode == 2
+    assert outcome.error.startswith(
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS: found 5 in the launch's environment, where the config gives 2, "
+    )
 
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "5")
-    with pytest.raises(UserError, match="found 5 in the launch's environment, where the config comes to 2"):
-        run_here(tiny_config(pictures, tmp_path / "run"), tmp_path / "config.yaml")
 
-
-@pytest.mark.parametrize(
-    "file", [ROOT / "accelerate_config.yaml", *sorted((ROOT / "configs/accelerate").glob("*.yaml"))]
-)
-def test_launch_configs_are_accelerates(file):
+def test_the_launch_configs_are_read_by_accelerate():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(str(file))
-    assert config.num_processes >= 1
-    assert len(list((ROOT / "configs/accelerate").glob("*.yaml"))) == 3
+    found = {}
+    for file in (ROOT / "accelerate_config.yaml", *(ROOT / "configs/accelerate").glob("*.yaml")):
+        config = load_config_from_file(str(file))
+        found[file.stem] = (config.num_processes, config.num_machines, config.mixed_precision)
+    assert found == {
+        "accelerate_config": (1, 1, "no"),
+        "one-gpu-bf16": (1, 1, "bf16"),
+        "several-gpus": (8, 1, "bf16"),
+        "several-machines": (16, 2, "bf16"),
+    }

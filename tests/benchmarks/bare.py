@@ -1,33 +1,27 @@
 """What the trainer is measured against: a loop of nothing but forward, backward, optimizer and moving average.
 
-The benchmarks import this. Two things that are compared take turns, update by update, in one process: what else the
-machine is doing then slows both, and the ratio holds.
+What is compared takes turns, update by update, in one process: other load on the machine slows both alike, and the
+ratio holds.
 """
 
 import io
-import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-FOLDER = tempfile.TemporaryDirectory(prefix="finetune-benchmark-")
-os.environ |= {"HF_HOME": FOLDER.name, "HF_DATASETS_CACHE": f"{FOLDER.name}/datasets", "HF_HUB_OFFLINE": "1"}
-os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "ACCELERATE_USE_CPU": "true"}
+from environment import FOLDER
 
-import torch  # noqa: E402
-from diffusers import UNet2DModel  # noqa: E402
-from diffusers.training_utils import EMAModel  # noqa: E402
+import torch
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
 
-import train  # noqa: E402
-from finetune.config import Config  # noqa: E402
-from finetune.run import Run  # noqa: E402
-from tiny import forget_processes, tiny_config, write_pictures  # noqa: E402
+import train
+from finetune.config.schema import Config
+from finetune.run.run import Run
+from harness.configs import KINDS, tiny_config, write_pictures
+from harness.processes import forget_processes
 
 
 def unet_config(channels: tuple[int, ...] = (32, 64, 64), size: int = 32) -> dict:
@@ -43,17 +37,24 @@ def unet_config(channels: tuple[int, ...] = (32, 64, 64), size: int = 32) -> dic
     }
 
 
-def run_config(name: str, unet: dict, images: int, **changes) -> Config:
-    """A run of its own on some grey pictures, with nothing of the trainer's daily work left out."""
-    size, folder = unet["sample_size"], Path(FOLDER.name, f"pictures-{unet['sample_size']}-{images}")
+def named(unet: UNet2DModel) -> str:
+    """A network by its size, for a row's first cell."""
+    millions = sum(weight.numel() for weight in unet.parameters()) / 1e6
+    return f"UNet of {millions:.2g} M at {unet.config.sample_size} px"
+
+
+def run_config(name: str, unet: dict, images: int, kind: str = "unconditional", **changes) -> Config:
+    """A run on grey pictures in a folder of its own, with all that the trainer does: EMA, logging, TensorBoard."""
+    size, folder = unet["sample_size"], Path(FOLDER.name, f"pictures-{kind}-{unet['sample_size']}-{images}")
     if not folder.exists():
-        write_pictures(folder, images, (size, size))
-    options = {"model__unet": unet, "model__noise_scheduler": {}, "logging__tracker": "tensorboard"} | changes
+        write_pictures(folder, images, (size, size), kind)
+    options = {"model__unet": unet, "model__noise_scheduler": {}, "logging__tracker": "tensorboard"}
+    options |= KINDS[kind] | changes
     return Config.model_validate(tiny_config(folder, Path(FOLDER.name, name), **options))
 
 
 class BareLoop:
-    """Updates of `steps` micro-batches, on noise that is already in memory."""
+    """Updates of `steps` micro-batches on noise in memory, with the optimizer and the average of train.py."""
 
     def __init__(self, unet: UNet2DModel, micro_batch_size: int, steps: int = 1):
         self.unet, self.steps = unet, steps
@@ -62,22 +63,24 @@ class BareLoop:
         shape = (micro_batch_size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.noisy, self.noise = torch.randn(shape), torch.randn(shape)
         self.timesteps = torch.randint(0, 1000, (micro_batch_size,))
+        classes = unet.config.num_class_embeds
+        self.told = {} if classes is None else {"class_labels": torch.randint(0, classes, (micro_batch_size,))}
 
     def update(self) -> None:
         for _ in range(self.steps):
-            prediction = self.unet(self.noisy, self.timesteps).sample
+            prediction = self.unet(self.noisy, self.timesteps, **self.told).sample
             (torch.nn.functional.mse_loss(prediction, self.noise) / self.steps).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.unet.parameters())
 
 
-class _EnoughError(BaseException):
-    """Ends a run from outside; no one catches it."""
+class _MeasuredError(BaseException):
+    """Ends a run that was measured; nothing in the trainer catches it."""
 
 
 class _Terminal(io.StringIO):
-    """What a progress bar takes for a terminal, and therefore draws itself on as often as it ever does."""
+    """A stream that the progress bar takes for a terminal, so that it is drawn as often as a user would see it."""
 
     def isatty(self) -> bool:
         return True
@@ -92,7 +95,7 @@ def seconds(action: Callable[[], object]) -> float:
 def beside_the_trainer(config: Config, other: Callable[[], object], updates: int) -> list[tuple[float, float]]:
     """(seconds of an update of train.main, seconds of `other`), in turns; the first two of each are left out.
 
-    An update counts from the return of `run.evaluate` to its next return, which is all that the loop does.
+    An update is timed from one return of `Run.evaluate` to the next: everything that the loop does.
     """
     found, evaluate, since = [], Run.evaluate, None
 
@@ -104,7 +107,7 @@ def beside_the_trainer(config: Config, other: Callable[[], object], updates: int
         if trainer is not None:
             found.append((trainer, turn))
         if len(found) == updates + 2:
-            raise _EnoughError
+            raise _MeasuredError
         run.clock.skip()
         since = time.perf_counter()
 
@@ -113,7 +116,7 @@ def beside_the_trainer(config: Config, other: Callable[[], object], updates: int
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(_Terminal()):
             train.main(config)
-    except _EnoughError:
+    except _MeasuredError:
         pass
     finally:
         Run.evaluate = evaluate
@@ -122,21 +125,16 @@ def beside_the_trainer(config: Config, other: Callable[[], object], updates: int
 
 
 def in_turns(one: Callable[[], object], other: Callable[[], object], rounds: int) -> list[tuple[float, float]]:
-    """(seconds of one, seconds of the other), each done once before."""
+    """(seconds of one, seconds of the other), after each has been done once."""
     one(), other()
     return [(seconds(one), seconds(other)) for _ in range(rounds)]
 
 
 def ratio(pairs: list[tuple[float, float]]) -> float:
-    """The median of the pairs' ratios: another program that gets in between spoils single pairs, not the median."""
+    """The median of the pairs' ratios; other load on the machine spoils single pairs, not the median."""
     return median(one / other for one, other in pairs)
 
 
-def row(what: str, measured: str, found: float | None = None, limit: str = "") -> None:
-    """A line of the table, at once."""
-    print(f"| {what} | {measured} | {'' if found is None else f'{found:.3f}'} | {limit} |", flush=True)
-
-
-def head(title: str) -> None:
-    threads = f"{torch.get_num_threads()} thread(s)"
-    print(f"\n| {title}, {threads} | measured | ratio | limit |\n|---|---|---|---|", flush=True)
+def milliseconds(pairs: list[tuple[float, float]]) -> str:
+    """The medians of both."""
+    return " : ".join(f"{1000 * median(times):.0f}" for times in zip(*pairs, strict=True)) + " ms"

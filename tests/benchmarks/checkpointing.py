@@ -1,10 +1,9 @@
-"""What a save costs beside a plain write of the same bytes, and how soon a run is at work, fresh or resumed.
+"""What a save costs beside a plain write of the same bytes, and how soon a run trains, fresh or resumed.
 
 python tests/benchmarks/checkpointing.py            # under three minutes on two CPU cores
-python tests/benchmarks/checkpointing.py --short    # the smallest of sizes: does it run
+python tests/benchmarks/checkpointing.py --short    # the smallest sizes: does it run
 """
 
-import argparse
 import io
 import os
 import shutil
@@ -15,15 +14,19 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from statistics import median
 
+from environment import FOLDER, ROOT, machine, parser
+
 import torch
-from bare import FOLDER, ROOT, head, ratio, row, run_config, seconds, unet_config
+from bare import ratio, run_config, seconds, unet_config
+from table import head, row
 
 import train
-from finetune import checkpoint
+from finetune.run import checkpoint
+from harness.processes import finish
 
-QUICK = ["--config", "configs/digits.yaml", "validation.every_steps=100000", "samples.count=0"]
-LONG = "training.max_train_steps=1000"
-BARE = """
+DIGITS = ["--config", "configs/digits.yaml", "validation.every_steps=100000", "samples.count=0", "data.num_workers=0"]
+DIGITS += ["data.validation_fraction=0"]
+IMPORTS = """
 import accelerate, datasets, torch
 from diffusers import DDPMScheduler, UNet2DModel
 UNet2DModel.from_pretrained("configs/digits-base", subfolder="unet")
@@ -72,12 +75,12 @@ def saving(unet: dict, rounds: int) -> None:
     row("saves at the default interval, updates of 0.4 s", f"{100 * save_seconds / (500 * 0.4):.2f} %", None, "1 %")
 
 
-def first_update(output_dir: Path, *overrides: str) -> float:
+def first_update(output_dir: Path) -> float:
     """Seconds from the command to the first logged update of this start."""
     file, started = output_dir / "metrics.jsonl", time.perf_counter()
     lines = len(file.read_text().splitlines()) if file.exists() else 0
-    command = [sys.executable, "train.py", *QUICK, f"output_dir={output_dir}", LONG, *overrides]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    command = [sys.executable, "train.py", *DIGITS, f"output_dir={output_dir}", "training.max_train_steps=1000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not file.exists() or len(file.read_text().splitlines()) <= lines:
             assert process.poll() is None, f"{command} ended with {process.returncode}"
             time.sleep(0.01)
@@ -86,35 +89,31 @@ def first_update(output_dir: Path, *overrides: str) -> float:
     return spent
 
 
-def starting(rounds: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    base = Path(FOLDER.name, "resumed")
-    done = ["training.max_train_steps=60", "checkpoint.every_steps=60", "data.validation_fraction=0"]
-    command = [sys.executable, "train.py", *QUICK, f"output_dir={base}", *done]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+def starting(rounds: int, saved_step: int) -> None:
+    base = Path(FOLDER.name, "base")
+    length = f"training.max_train_steps={saved_step}"
+    finish(*DIGITS, f"output_dir={base}", length, "checkpoint.every_steps=1000", folder=Path(FOLDER.name, "base-log"))
     fresh, resumed = [], []
     for number in range(rounds):
-        bare = seconds(lambda: subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, check=True, capture_output=True))
-        start = first_update(Path(FOLDER.name, f"fresh-{number}"), "data.num_workers=0", "data.validation_fraction=0")
+        bare = seconds(lambda: subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True))
+        start = first_update(Path(FOLDER.name, f"fresh-{number}"))
         again = Path(shutil.copytree(base, Path(FOLDER.name, f"resumed-{number}")))
-        going_on = first_update(again, "data.num_workers=0", "data.validation_fraction=0")
         fresh.append((start, bare))
-        resumed.append((going_on, start))
+        resumed.append((first_update(again), start))
     times = [median(column) for column in zip(*fresh, strict=True)]
-    row(
-        "command to first update over bare imports and model", f"{times[0]:.1f} : {times[1]:.1f} s", ratio(fresh), "1.3"
-    )
-    row("resumed at update 60 over fresh", f"{median(t for t, _ in resumed):.1f} s", ratio(resumed), "1.1")
+    seconds_each = f"{times[0]:.1f} : {times[1]:.1f} s"
+    row("command to first update over bare imports and model", seconds_each, ratio(fresh), "1.3")
+    row(f"resumed at update {saved_step} over fresh", f"{median(t for t, _ in resumed):.1f} s", ratio(resumed), "1.1")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="the smallest of sizes, to see that it runs")
-    short = parser.parse_args().short
+    short = parser(__doc__).parse_args().short
     torch.set_num_threads(1)
+    print(machine())
+    os.chdir(ROOT)  # configs/digits.yaml names its base relative to it
     head("saving and starting")
+    starting(*((1, 1) if short else (5, 60)))
     saving(unet_config((8, 16), 8) if short else unet_config((64, 128, 176), 8), 2 if short else 8)
-    starting(1 if short else 5)
 
 
 if __name__ == "__main__":

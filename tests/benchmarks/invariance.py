@@ -1,37 +1,30 @@
-"""How far one run ends apart in its splits: all splits x tails x precisions, largest relative differences.
+"""Largest relative differences of one run over all batch layouts, lengths of the last window and precisions.
 
-python tests/benchmarks/invariance.py            # about three minutes on two CPU cores
-python tests/benchmarks/invariance.py --short
+python tests/benchmarks/invariance.py            # about six minutes on two CPU cores, half of them to compile
+python tests/benchmarks/invariance.py --short    # one layout: does it run
 """
 
-import os
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[0:1] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from environment import FOLDER, parser
 
-import argparse  # noqa: E402
-import tempfile  # noqa: E402
+from table import head, row
 
-from splits import Case, differences, every_case, run_cases, slots  # noqa: E402
+from harness.compare import differences, slots
+from harness.layouts import Case, every_case, run_cases
 
 COLUMNS = {"loss": "train/loss", "gradient norm": "train/grad_norm", "weights": "model", "averaged": "ema"}
 
 
 def main(short: bool) -> None:
-    cases = [case for precision in ("float64", "float32", "bf16") for case in every_case(precision)]
-    if short:
-        cases = cases[:1]
-    with tempfile.TemporaryDirectory() as folder:
-        runs = run_cases(Path(folder), cases)
-        print(f"| processes x micro-batch x steps | precision | runs | {' | '.join(COLUMNS)} |")
-        print("|---|---|" + (1 + len(COLUMNS)) * "---:|")
-        for precision, split in dict.fromkeys((case.precision, case.split) for case in cases):
-            same = [case for case in cases if (case.precision, case.split) == (precision, split)]
-            figures = " | ".join(largest(runs, same))
-            print(f"| {' x '.join(map(str, split))} | {precision} | {len(same)} | {figures} |")
+    cases = [case for precision in ("float64", "float32", "bf16", "compiled") for case in every_case(precision)]
+    cases += [case for precision in ("float64", "float32") for case in every_case(precision, "classes")]
+    cases = cases[:1] if short else cases
+    runs = run_cases(Path(FOLDER.name), cases)
+    head("processes x micro-batch x steps", "kind", "precision", "runs", *COLUMNS)
+    for kind, precision, layout in dict.fromkeys((case.kind, case.precision, case.layout) for case in cases):
+        same = [case for case in cases if (case.kind, case.precision, case.layout) == (kind, precision, layout)]
+        row(" x ".join(map(str, layout)), kind, precision, str(len(same)), *largest(runs, same))
 
 
 def largest(runs: dict[Case, Path], cases: list[Case]) -> list[str]:
@@ -44,6 +37,5 @@ def largest(runs: dict[Case, Path], cases: list[Case]) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true")
-    main(parser.parse_args().short)
+    with FOLDER:
+        main(parser(__doc__).parse_args().short)

@@ -1,27 +1,33 @@
-"""How fast images come: from the cache, on the first pass over large photographs, and at the next start.
+"""How fast images are loaded: from the cache, on the first pass over large photographs, and at the next start.
 
-    python tests/benchmarks/loader.py [--short]
-
-Everything is generated in a temporary folder. `--short` takes sizes so small that it only shows that all of it runs.
+python tests/benchmarks/loader.py            # about four minutes on two CPU cores
+python tests/benchmarks/loader.py --short    # the smallest sizes: does it run
 """
 
-import argparse
 import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from environment import FOLDER, machine, parser
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bare import FOLDER, BareLoop, beside_the_trainer, ratio, run_config, seconds, unet_config
+from bare import BareLoop, beside_the_trainer, milliseconds, ratio, run_config, seconds, unet_config
 from diffusers import UNet2DModel
 from PIL import Image, JpegImagePlugin
+from table import head, row
 
-from finetune.config import DataConfig
-from finetune.data import Batches, load_images, make_loader
-from finetune.windows import Split, WindowSampler
+from finetune.config.schema import DataConfig
+from finetune.core.batch import BatchLayout
+from finetune.core.kind import ImageFormat
+from finetune.data.batches import Batches
+from finetune.data.loading import load_data
+from finetune.data.order import WindowSampler
+from finetune.data.pixels import Images
+from finetune.data.workers import make_loader
 
 MICRO_BATCH = 16
 LIMIT = 20_000  # images/s from the cache at 64 x 64, on one process
@@ -54,6 +60,12 @@ def photographs(count: int, width: int, height: int) -> str:
     return str(folder)
 
 
+def load(source: str, **options: str) -> Images:
+    """The images of a source at 64 x 64, none held out, decoded unless the cache has them."""
+    config = DataConfig(source=source, validation_fraction=0, **options)
+    return load_data(config, ImageFormat(3, 64), 0)[0]
+
+
 def resident() -> tuple[float, float] | None:
     """MiB of this process's own memory, and of mapped files, which the system takes back when it needs room."""
     status = Path("/proc/self/status")
@@ -64,14 +76,14 @@ def resident() -> tuple[float, float] | None:
 
 
 def from_the_cache(count: int, rounds: int) -> Iterator[tuple[str, str, str]]:
-    images = load_images(DataConfig(source=small_images(count), crop="random"), 3, 64)
-    sampler = WindowSampler(count, 0, Split(MICRO_BATCH, 1, 1))
+    images = load(small_images(count), crop="random")
+    sampler = WindowSampler(count, 0, BatchLayout(MICRO_BATCH, 1, 1))
 
     def batches(crop: str, flip: bool) -> Batches:
-        return Batches(images, 0, 1000, "stratified", 64, crop, flip)
+        return Batches(images, 0, 1000, "stratified", crop, flip)
 
     def rate(read: Callable) -> float:
-        """The best of some rounds: what other programs on the machine take is not the loader's."""
+        """The fastest of some rounds, to exclude other load."""
         best = min(seconds(lambda: [read(slots) for slots in sampler]) for _ in range(rounds))
         return count / best
 
@@ -91,19 +103,19 @@ def from_the_cache(count: int, rounds: int) -> Iterator[tuple[str, str, str]]:
 
 
 def memory(count: int) -> Iterator[tuple[str, str, str]]:
-    images = load_images(DataConfig(source=f"{FOLDER.name}/small.parquet", crop="random"), 3, 64)
-    batches = Batches(images, 0, 1000, "stratified", 64, "random", True)
+    images = load(f"{FOLDER.name}/small.parquet", crop="random")
+    batches = Batches(images, 0, 1000, "stratified", "random", True)
     few, before = count // 20, resident()
     if before is None:
         return
     found = []
     for part in (few, count):
-        for slots in WindowSampler(part, 0, Split(MICRO_BATCH, 1, 1)):
+        for slots in WindowSampler(part, 0, BatchLayout(MICRO_BATCH, 1, 1)):
             batches.read_images(slots)
         found.append(resident())
     growth = [after - earlier for after, earlier in zip(found[1], found[0], strict=True)]
     yield f"own memory, from {few:,} to {count:,} images read", f"{growth[0]:+.1f} MiB", ""
-    yield "  of it mapped files, which make way", f"{growth[1]:+.1f} MiB", ""
+    yield "mapped files, which the system drops when it needs room", f"{growth[1]:+.1f} MiB", ""
 
 
 def first_pass(count: int, width: int, height: int) -> Iterator[tuple[str, str, str]]:
@@ -116,14 +128,14 @@ def first_pass(count: int, width: int, height: int) -> Iterator[tuple[str, str, 
             JpegImagePlugin.JpegImageFile.draft = draft if reduced else lambda *_: None
             os.sched_getaffinity = lambda _, cores=cores: set(range(cores))
             # Another background is another place in the cache, and changes nothing about a JPEG.
-            config = DataConfig(source=source, background=f"#{reduced:02x}{cores:04x}")
-            found = seconds(lambda config=config: load_images(config, 3, 64)) / count
+            background = f"#{reduced:02x}{cores:04x}"
+            found = seconds(lambda background=background: load(source, background=background)) / count
             slowest = slowest or found
             how = f"{'reduced' if reduced else 'full'} decoding, cores: {cores}"
             what = f"first pass over photographs of {width * height / 1e6:.1f} megapixels, {how}"
             yield what, f"{1000 * found:.0f} ms each", f"{slowest / found:.1f}x"
     JpegImagePlugin.JpegImageFile.draft, os.sched_getaffinity = draft, available
-    again = seconds(lambda: load_images(config, 3, 64))
+    again = seconds(lambda: load(source, background=background))
     yield f"next start on the same {count} photographs", f"{1000 * again:.0f} ms", ""
 
 
@@ -131,26 +143,26 @@ def beside_photographs(source: str, updates: int) -> Iterator[tuple[str, str, st
     """Updates of train.main on photographs, in turns with the bare loop's on noise in memory."""
     unet = unet_config()
     config = run_config(
-        "photographs", unet, 8, data__source=source, data__crop="random", data__random_flip=True, data__num_workers=1,
+        "run", unet, 8, data__source=source, data__crop="random", data__random_flip=True, data__num_workers=1,
         training__micro_batch_size=8, training__gradient_accumulation_steps=1, training__num_epochs=1000,
     )  # fmt: skip
     found = beside_the_trainer(config, BareLoop(UNet2DModel(**unet), 8).update, updates)
-    yield "an update on photographs over the bare loop's", f"{1000 * found[0][0]:.0f} ms", f"{ratio(found):.3f} of 1.05"
+    yield "an update on photographs over the bare loop's", milliseconds(found), f"{ratio(found):.3f} of 1.05"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="tiny sizes, to see that it runs")
-    short = parser.parse_args().short
+    short = parser(__doc__).parse_args().short
     torch.set_num_threads(1)
+    print(machine())
+    head("images", "measured", "of the limit")
     count, rounds = (400, 1) if short else (20_000, 3)
     size = (8, 640, 480) if short else (24, 4000, 3000)
     beside = beside_photographs(f"{FOLDER.name}/photographs", 2 if short else 30)
     for part in (from_the_cache(count, rounds), memory(count), first_pass(*size), beside):
-        for what, measured, limit in part:
-            print(f"{what:<82} {measured:>16}  {limit}", flush=True)
-    started = seconds(lambda: load_images(DataConfig(source=f"{FOLDER.name}/small.parquet", crop="random"), 3, 64))
-    print(f"{f'next start on {count:,} images in parquet':<82} {f'{1000 * started:.0f} ms':>16}")
+        for cells in part:
+            row(*cells)
+    started = seconds(lambda: load(f"{FOLDER.name}/small.parquet", crop="random"))
+    row(f"next start on {count:,} images in parquet", f"{1000 * started:.0f} ms", "")
 
 
 if __name__ == "__main__":

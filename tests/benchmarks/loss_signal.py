@@ -1,185 +1,158 @@
 """How readable the loss is: what stratified timesteps, bigger windows and smoothing do to its noise, in numbers.
 
-    python tests/benchmarks/loss_signal.py            # about three minutes on two CPU cores
-    python tests/benchmarks/loss_signal.py --short    # a few seconds: does it run
+python tests/benchmarks/loss_signal.py            # about three minutes on two CPU cores
+python tests/benchmarks/loss_signal.py --short    # the smallest sizes: does it run
 
-All on the digits of configs/digits.yaml: at fixed weights (the base as it came), and over real fine-tunings.
+All on the digits of configs/digits.yaml: at fixed weights (those of the base), and over real fine-tunings.
 """
 
-import argparse
-import json
-import sys
-import tempfile
 from pathlib import Path
+
+from environment import FOLDER, ROOT, machine, parser
 
 import numpy as np
 import torch
+from table import head, row
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from finetune import model  # noqa: E402
-from finetune.config import load_config  # noqa: E402
-from finetune.data import Batches, load_images, split_images  # noqa: E402
-from finetune.metrics import SmoothedLoss  # noqa: E402
-from finetune.objective import loss_per_image  # noqa: E402
-from finetune.windows import Split, WindowSampler  # noqa: E402
+from finetune.config.load import load_config
+from finetune.core.batch import BatchLayout
+from finetune.data.batches import Batches
+from finetune.data.loading import load_data
+from finetune.data.order import WindowSampler
+from finetune.models.unconditional import load_unconditional
+from finetune.run.summary import curve
+from finetune.training.objective import loss_per_image
+from finetune.training.smoothing import SmoothedLoss
+from harness.compare import history
+from harness.processes import finish
 
 DIGITS = ROOT / "configs/digits.yaml"
+PHASES = ("data", "compute", "update", "logging")
 OVERRIDES = [f"model.pretrained={ROOT / 'configs/digits-base'}"]
 
 
 @torch.no_grad()
 def losses_at_fixed_weights(batch: int, sampling: str, windows: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(losses, timesteps) of full windows, one epoch after the other, through the base as it came."""
+    """(losses, timesteps) of full windows, one epoch after the other, through the base."""
     config = load_config(DIGITS, OVERRIDES)
-    unet, noise_scheduler = model.load_model(config.model, None, config.seed)
-    train_images, _ = split_images(load_images(config.data, 1, 16), config.data, config.seed)
+    kind = load_unconditional(config.model, None, config.seed)
+    noise_scheduler = kind.noise_scheduler
+    train_images, _ = load_data(config.data, kind.image_format, config.seed)
     steps = noise_scheduler.config.num_train_timesteps
-    batches = Batches(train_images, config.seed, steps, sampling, 16, "center", False)
-    sampler = WindowSampler(len(train_images), config.seed, Split(batch, 1, 1))
+    batches = Batches(train_images, config.seed, steps, sampling, "center", False)
+    sampler = WindowSampler(len(train_images), config.seed, BatchLayout(batch, 1, 1))
     found, epoch = [], 0
     while len(found) < windows:
         sampler.seek(epoch, 0)
         for slots in sampler:
             if all(slot.weight for slot in slots) and len(found) < windows:
                 read = batches.__getitems__(slots)
-                clean, _ = model.noised_and_conditioning(read)
+                clean, conditions = kind.inputs(read)
                 noisy = noise_scheduler.add_noise(clean, read["noise"], read["timesteps"])
-                prediction = unet(noisy, read["timesteps"]).sample
+                prediction = kind.network(noisy, read["timesteps"], **conditions).sample
                 losses = loss_per_image(noise_scheduler, prediction, clean, read["noise"], read["timesteps"], None)
                 found.append((losses.double().numpy(), read["timesteps"].numpy()))
         epoch += 1
     return found
 
 
-def print_table(title: str, heads: list[str], rows: list[list[str]]) -> None:
-    print(f"\n{title}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-
-
 def stratified_against_uniform(windows: int) -> None:
-    rows = []
+    """Mean and standard deviation, over windows, of a window's loss at fixed weights."""
+    head("images in a window", "windows", "independent timesteps, mean ± sd", "stratified", "ratio of variances")
     for batch in (4, 8, 16, 64):
-        count = max(windows * 16 // batch, 12)
+        count = max(windows * 16 // batch, 2)
         means = {
             sampling: np.array([losses.mean() for losses, _ in losses_at_fixed_weights(batch, sampling, count)])
             for sampling in ("uniform", "stratified")
         }
         deviations = {sampling: values.std(ddof=1) for sampling, values in means.items()}
-        ratio = (deviations["uniform"] / deviations["stratified"]) ** 2
         figures = [f"{means[sampling].mean():.4f} ± {deviations[sampling]:.4f}" for sampling in means]
-        rows.append([str(batch), str(count), *figures, f"{ratio:.1f}"])
-    print_table(
-        "Loss of a window at fixed weights, mean ± standard deviation over windows",
-        ["images", "windows", "independent timesteps", "stratified", "ratio of variances"],
-        rows,
-    )
+        row(str(batch), str(count), *figures, f"{(deviations['uniform'] / deviations['stratified']) ** 2:.1f}")
 
 
 def smoothed_against_raw(windows: int) -> None:
+    """Standard deviation of both curves at fixed weights, where nothing but noise moves them."""
     found = losses_at_fixed_weights(16, "stratified", windows)
     smoothed = SmoothedLoss()
-    curves = {
-        "raw": np.array([losses.mean() for losses, _ in found]),
-        "smoothed": np.array([smoothed.add(losses, timesteps, 1000) for losses, timesteps in found]),
-    }
-    settled = {name: curve[len(curve) // 3 :] for name, curve in curves.items()}
-    steps = {name: np.diff(curve).std(ddof=1) for name, curve in settled.items()}
-    spread = {name: curve.std(ddof=1) for name, curve in settled.items()}
-    rows = [
-        ["from step to step", *(f"{value:.5f}" for value in steps.values()), f"{steps['smoothed'] / steps['raw']:.3f}"],
-        [
-            "around its mean",
-            *(f"{value:.5f}" for value in spread.values()),
-            f"{spread['smoothed'] / spread['raw']:.3f}",
-        ],
-    ]
-    print_table(
-        f"Standard deviation of the loss at fixed weights, windows of 16, {len(settled['raw'])} windows (limit 0.25)",
-        ["", "train/loss", "train/loss_smoothed", "ratio"],
-        rows,
+    raw_curve = np.array([losses.mean() for losses, _ in found])
+    smoothed_curve = np.array([smoothed.add(losses, timesteps, 1000) for losses, timesteps in found])
+    settled = [values[len(values) // 3 :] for values in (raw_curve, smoothed_curve)]
+    head(
+        f"standard deviation over {len(settled[0])} windows of 16",
+        "train/loss",
+        "train/loss_smoothed",
+        "ratio",
+        "limit",
     )
+    for name, limit, of in (("from step to step", "0.25", np.diff), ("around its mean", "", np.asarray)):
+        raw, smooth = (of(values).std(ddof=1) for values in settled)
+        row(name, f"{raw:.5f}", f"{smooth:.5f}", float(smooth / raw), limit)
 
 
 def fine_tune(folder: Path, *overrides: str) -> list[dict]:
-    from tiny import run_here
-
-    config = load_config(DIGITS, [*OVERRIDES, f"output_dir={folder}", "samples.count=0", *overrides])
-    run_here(config.model_dump(mode="json"), folder.with_suffix(".yaml"))
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(history: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(line["step"], line[name]) for line in history if name in line]
-    return np.array([step for step, _ in points]), np.array([value for _, value in points])
+    """The history of a run of configs/digits.yaml."""
+    options = [*OVERRIDES, f"output_dir={folder}", "samples.count=0", *overrides]
+    finish("--config", DIGITS, *options, folder=folder.with_suffix(".log"))
+    return history(folder)
 
 
-def notebook_against_this(base: Path, updates: int) -> None:
-    """The notebook drew the loss of each window of 4 images x 2 accumulation steps at independent timesteps."""
-    notebook = fine_tune(
-        base / "notebook",
+def small_batch_against_large(base: Path, updates: int) -> None:
+    """What the Hugging Face course recipe shows (each update's loss, 4 images x 2 accumulation steps at independent
+    timesteps), beside a batch of 64 with stratified timesteps."""
+    every = max(updates // 14, 2)
+    small = fine_tune(
+        base / "small",
         *("training.global_batch_size=8", "training.micro_batch_size=4", "training.timestep_sampling=uniform"),
         *(f"training.max_train_steps={updates}", "optimizer.learning_rate=5e-4", "validation.every_steps=1000000"),
     )
-    ours = fine_tune(base / "ours", f"training.max_train_steps={updates}", "validation.every_steps=7")
-    rows = []
-    for title, history, name in (
-        ("notebook: 4 images x 2, raw", notebook, "train/loss"),
-        ("64 images, raw", ours, "train/loss"),
-        ("64 images, smoothed", ours, "train/loss_smoothed"),
+    large = fine_tune(base / "large", f"training.max_train_steps={updates}", f"validation.every_steps={every}")
+    validation = curve(large, "validation/loss")[1:]
+    head(
+        f"loss over {updates} updates", "step to step", "fall of the trend", "ratio", "correlation with validation/loss"
+    )
+    for title, lines, name in (
+        ("4 images x 2, independent timesteps, train/loss", small, "train/loss"),
+        ("64 images, train/loss", large, "train/loss"),
+        ("64 images, train/loss_smoothed", large, "train/loss_smoothed"),
     ):
-        steps, values = curve(history, name)
-        trend = abs(np.polyval(np.polyfit(steps, values, 2), [steps[0], steps[-1]]) @ [1, -1])
-        jitter = np.diff(values).std(ddof=1)
-        rows.append([title, f"{jitter:.5f}", f"{trend:.5f}", f"{jitter / trend:.3f}"])
-    print_table(
-        f"A real fine-tuning of {updates} updates: the curve's step-to-step standard deviation over its trend",
-        ["curve", "step to step", "fall of the trend", "ratio"],
-        rows,
-    )
+        points = dict(curve(lines, name))
+        steps, values = np.array(list(points)), np.array(list(points.values()))
+        fall = float(abs(np.polyval(np.polyfit(steps, values, 2), [steps[0], steps[-1]]) @ [1, -1]))
+        jitter = float(np.diff(values).std(ddof=1))
+        paired = np.array([(points[step], loss) for step, loss in validation])
+        correlation = f"{np.corrcoef(paired.T)[0, 1]:.2f}" if lines is large else ""
+        row(title, f"{jitter:.4f}", f"{fall:.4f}", jitter / fall, correlation)
 
-    at, validation = curve(ours, "validation/loss")
-    rows = []
-    for name in ("train/loss", "train/loss_smoothed"):
-        steps, values = curve(ours, name)
-        paired = [(values[steps == step][0], loss) for step, loss in zip(at, validation, strict=True) if step > 0]
-        rows.append([name, str(len(paired)), f"{np.corrcoef(np.array(paired).T)[0, 1]:.3f}"])
-    print_table("Correlation with validation/loss over that fine-tuning", ["curve", "points", "correlation"], rows)
-
-    phases = {name: curve(ours, f"time/{name}")[1] for name in ("data", "compute", "update", "logging")}
-    total = sum(values.sum() for values in phases.values())
-    print_table(
-        "Where the seconds of training went (limit for logging: 1 %)",
-        ["phase", "share"],
-        [[name, f"{100 * values.sum() / total:.2f} %"] for name, values in phases.items()],
-    )
+    phases = {name: sum(seconds for _, seconds in curve(large, f"time/{name}")) for name in PHASES}
+    head("seconds of training", "share", "limit")
+    for name, seconds in phases.items():
+        row(name, f"{100 * seconds / sum(phases.values()):.2f} %", "1 %" if name == "logging" else "")
 
 
 def noise_scale(base: Path, updates: int) -> None:
-    rows = []
+    """The estimate at weights that stand still: windows of 64 in micro-batches of 16."""
+    head("timesteps", f"gradient noise scale after {updates} updates, images")
     for sampling in ("uniform", "stratified"):
-        history = fine_tune(
+        lines = fine_tune(
             base / f"scale-{sampling}",
             *(f"training.timestep_sampling={sampling}", f"training.max_train_steps={updates}"),
             *("optimizer.learning_rate=1e-12", "lr_scheduler={name: constant}", "validation.every_steps=1000000"),
         )
-        scale = curve(history, "train/gradient_noise_scale")[1]
-        rows.append([sampling, f"{scale[-1]:.0f}" if len(scale) else "not above zero"])
-    print_table(
-        f"Gradient noise scale at fixed weights, {updates} windows of 64, micro-batches of 16",
-        ["timesteps", "images"],
-        rows,
-    )
+        scale = curve(lines, "train/gradient_noise_scale")
+        row(sampling, f"{scale[-1][1]:.0f}" if scale else "not known yet")
+
+
+def main() -> None:
+    short = parser(__doc__).parse_args().short
+    torch.set_num_threads(1)
+    print(machine())
+    base = Path(FOLDER.name)
+    small_batch_against_large(base, 8 if short else 98)
+    noise_scale(base, 2 if short else 200)
+    stratified_against_uniform(4 if short else 120)
+    smoothed_against_raw(12 if short else 240)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true")
-    short = parser.parse_args().short
-    stratified_against_uniform(4 if short else 120)
-    smoothed_against_raw(12 if short else 240)
-    with tempfile.TemporaryDirectory() as folder:
-        notebook_against_this(Path(folder), 21 if short else 98)
-        noise_scale(Path(folder), 3 if short else 26)
+    with FOLDER:
+        main()

@@ -1,70 +1,109 @@
-"""How much memory training takes at its peak: with the batch, with gradient checkpointing, with a save.
+"""How much memory training takes at its peak, and how much `--check` says that it will take.
 
-    python tests/benchmarks/memory.py            # about two minutes on two CPU cores
-    python tests/benchmarks/memory.py --short    # the smallest of sizes: does it run
+    python tests/benchmarks/memory.py            # about six minutes on two CPU cores
+    python tests/benchmarks/memory.py --short
 
-Each figure is the peak resident memory of a process of its own, from `wait4`.
+Each figure is the peak resident memory of a process of its own, with the C allocator's default settings. It is read
+from /proc while the process runs: the peak that `wait4` returns is at least that of the process which started it.
 """
 
-import argparse
-import os
-import signal
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import torch
-from bare import FOLDER, ROOT, head, row, run_config, unet_config
+from environment import FOLDER, ROOT, parser
 
-from tiny import write_config
+from bare import run_config, unet_config
+from table import head, row
 
+from harness.configs import write_config
 
-def peak(name: str, unet: dict, images: int = 8, killed_after: int | None = None, **changes) -> float:
-    """MB at the peak of a run of train.py on one thread, to its end or to an update."""
-    options = {"checkpoint__every_steps": 1000, "ema__enabled": False, "logging__tracker": None} | changes
-    config = run_config(name, unet, images, training__num_epochs=None, **options)
-    file = write_config(Path(FOLDER.name, f"{name}.yaml"), config.model_dump(mode="json", exclude_defaults=True))
-    log = Path(config.output_dir, "metrics.jsonl")
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(file)]
-    # Freed memory goes back at once, so that the peak is what was used.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        if killed_after is not None:
-            while not (log.exists() and len(log.read_text().splitlines()) >= killed_after):
-                time.sleep(0.01)
-            process.kill()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode in (0, -signal.SIGKILL), f"{name}: exit code {process.returncode}"
-    return usage.ru_maxrss * 1024 / 1e6
+MICRO_STEPS = 200  # the peak grows for so long, since the C allocator's heap does
 
 
-def of(micro_batch_size: int, steps: int = 1, updates: int = 2) -> dict:
-    return {
-        "training__micro_batch_size": micro_batch_size,
-        "training__gradient_accumulation_steps": steps,
-        "training__max_train_steps": updates,
-    }
+def read_peak(process: int) -> float:
+    """MB that a running process has held at most; 0 when it has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0.0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 / 1e6 if found else 0.0
+
+
+def peak(file: Path, *overrides: str, log: Path | None = None, lines: int = 0) -> float:
+    """MB at the peak of a run of train.py, to its end or until its log has so many lines."""
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(file), *overrides]
+    most = 0.0
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            most = max(most, read_peak(process.pid))
+            if log is not None and log.exists() and len(log.read_text().splitlines()) >= lines:
+                process.kill()
+                return most
+            time.sleep(0.02)
+    assert process.returncode == 0, f"{file}: exit code {process.returncode}"
+    return most
+
+
+def planned(file: Path, *overrides: str) -> float:
+    """MB that `--check` announces."""
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(file), *overrides, "--check"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return float(re.search(r"^Memory: about (\d+) MB", printed, re.MULTILINE)[1])
+
+
+def config_file(name: str, unet: dict, micro: int, steps: int, updates: int, images: int = 64, **changes) -> Path:
+    sizes = {"micro_batch_size": micro, "gradient_accumulation_steps": steps, "max_train_steps": updates}
+    config = run_config(name, unet, images, training=sizes, **{"checkpoint__every_steps": 1000} | changes)
+    return write_config(Path(FOLDER.name, f"{name}.yaml"), config.model_dump(mode="json", exclude_defaults=True))
+
+
+def compare_plans(short: bool) -> None:
+    """Runs with all that happens in one: held-out images, samples, TensorBoard, an average, the export."""
+    evaluated = {"data__validation_fraction": 0.1, "samples": {"count": 8, "inference_steps": 2}}
+    steps = 2 if short else 4
+    small, updates = unet_config((8, 16)) if short else unet_config(), 2 if short else MICRO_STEPS // steps
+    heavy = unet_config((8, 16), 8) if short else unet_config((128, 256, 352), 8)
+    again = {"model__gradient_checkpointing": True}
+    digits = [f"output_dir={FOLDER.name}/digits", f"training.max_train_steps={updates}"]
+    head("peak memory of a run, MB", "in the plan", "measured", "plan / measured", "limit")
+    for what, file, overrides in (
+        ("configs/digits.yaml, micro-batch of 16", ROOT / "configs/digits.yaml", digits),
+        (
+            "64 px, micro-batch of 2",
+            config_file("p64", small | {"sample_size": 64}, 2, steps, updates, **evaluated),
+            [],
+        ),
+        ("mostly weights", config_file("heavy", heavy, 2, steps, updates, **evaluated), []),
+        ("gradient checkpointing", config_file("again", small, 8, steps, updates, **evaluated, **again), []),
+    ):
+        plan, run = planned(file, *overrides), peak(file, *overrides)
+        row(what, f"{plan:.0f}", f"{run:.0f}", plan / run, "0.85 to 1.15")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="the smallest of sizes, to see that it runs")
-    short = parser.parse_args().short
-    torch.set_num_threads(1)
+    short = parser(__doc__).parse_args().short
+    compare_plans(short)
+    plain = {"ema__enabled": False, "logging__tracker": None}
     head("peak memory")
     unet, batch = unet_config((8, 16)) if short else unet_config(), 16 if short else 256
-    small, large = peak("small", unet, 256, **of(4)), peak("large", unet, 256, **of(4, batch // 4))
+    updates = 2 if short else MICRO_STEPS
+    small = peak(config_file("small", unet, 4, 1, updates, images=256, **plain))
+    large = peak(config_file("large", unet, 4, batch // 4, -(-4 * updates // batch), images=256, **plain))
     row(f"global batch {batch} over 4, micro-batches of 4", f"{large:.0f} : {small:.0f} MB", large / small, "1.05")
     micro = 4 if short else 32
-    plain = peak("plain", unet, micro, **of(micro))
-    again = peak("again", unet | {"sample_size": 32}, micro, model__gradient_checkpointing=True, **of(micro))
-    row(f"gradient_checkpointing, micro-batch of {micro}", f"{again:.0f} : {plain:.0f} MB", again / plain)
+    kept = peak(config_file("kept", unet, micro, 1, 5, **plain))
+    again = peak(config_file("recomputed", unet, micro, 1, 5, model__gradient_checkpointing=True, **plain))
+    row(f"gradient_checkpointing, micro-batch of {micro}", f"{again:.0f} : {kept:.0f} MB", again / kept)
     unet = unet_config((8, 16), 8) if short else unet_config((128, 256, 352), 8)
-    without = peak("unsaved", unet, **of(1, updates=1000), killed_after=3)
-    saving = peak("saved", unet, **of(1, updates=1000), killed_after=3, checkpoint__every_steps=1)
-    row("saves, or none", f"{saving:.0f} : {without:.0f} MB", saving / without)
+    found = {}
+    for name, every in (("saved", 1), ("unsaved", 1000)):
+        file = config_file(name, unet, 1, 1, 1000, images=8, checkpoint__every_steps=every, **plain)
+        found[name] = peak(file, log=Path(FOLDER.name, name, "metrics.jsonl"), lines=3)
+    row("saves, or none", f"{found['saved']:.0f} : {found['unsaved']:.0f} MB", found["saved"] / found["unsaved"])
 
 
 if __name__ == "__main__":

@@ -5,52 +5,43 @@ python tests/benchmarks/speed.py --short    # a few updates: does it run
 python tests/benchmarks/speed.py --compile  # torch.compile alone: it takes about two minutes to compile
 """
 
-import argparse
 import copy
 from functools import partial
 from pathlib import Path
 from statistics import median
 
+from environment import FOLDER, ROOT, machine, parser
+
 import torch
-from bare import (
-    FOLDER,
-    ROOT,
-    BareLoop,
-    beside_the_trainer,
-    head,
-    in_turns,
-    ratio,
-    row,
-    run_config,
-    seconds,
-    unet_config,
-)
+from bare import BareLoop, beside_the_trainer, in_turns, milliseconds, named, ratio, run_config, seconds, unet_config
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
+from table import head, row
 
-from finetune.compute import has_bf16
-from finetune.config import load_config
-from finetune.model import load_model
-from tiny import history, launch, write_config
-
-
-def milliseconds(pairs: list[tuple[float, float]]) -> str:
-    """The medians of both."""
-    return " : ".join(f"{1000 * median(times):.0f}" for times in zip(*pairs, strict=True)) + " ms"
+from finetune.config.load import load_config
+from finetune.models.unconditional import load_unconditional
+from finetune.training.compute import has_bf16
+from harness.compare import history
+from harness.configs import write_config
+from harness.processes import start, start_two
 
 
-def overhead(updates: int) -> None:
-    head("update of train.main over the bare loop's")
-    unet = unet_config()
+def overhead(unet: dict, updates: int) -> None:
+    head("update of train.py over the bare loop's")
     micro = {"training__micro_batch_size": 16, "training__gradient_accumulation_steps": 1}
     config = run_config("overhead", unet, 64, training__num_epochs=1000, data__num_workers=1, **micro)
-    pairs = beside_the_trainer(config, BareLoop(UNet2DModel(**unet), 16).update, updates)
-    row("UNet of 1.1 M at 32 px, 16 images", milliseconds(pairs), ratio(pairs), "1.03")
+    bare = BareLoop(UNet2DModel(**unet), 16)
+    pairs = beside_the_trainer(config, bare.update, updates)
+    row(f"{named(bare.unet)}, 16 images", milliseconds(pairs), ratio(pairs), "1.03")
     digits = [f"model.pretrained={ROOT / 'configs/digits-base'}", f"output_dir={FOLDER.name}/digits"]
     config = load_config(ROOT / "configs/digits.yaml", [*digits, "data.validation_fraction=0", "samples.count=0"])
-    bare = BareLoop(load_model(config.model, None, 0)[0], 16, 4)
+    bare = BareLoop(load_unconditional(config.model, None, 0).network, 16, 4)
     pairs = beside_the_trainer(config, bare.update, updates)
     row("configs/digits.yaml, 4 x 16 images", milliseconds(pairs), ratio(pairs), "1.10")
+    config = run_config("classes", unet, 64, "classes", training__num_epochs=1000, data__num_workers=1, **micro)
+    bare = BareLoop(UNet2DModel(**unet, num_class_embeds=4), 16)
+    pairs = beside_the_trainer(config, bare.update, updates)
+    row(f"{named(bare.unet)}, 16 images, by class", milliseconds(pairs), ratio(pairs), "1.03")
 
 
 def passes(unet: UNet2DModel, images: torch.Tensor, bf16: bool = False) -> None:
@@ -60,14 +51,14 @@ def passes(unet: UNet2DModel, images: torch.Tensor, bf16: bool = False) -> None:
     loss.backward()
 
 
-def kernels(rounds: int) -> None:
-    head("plain over the other")
-    unet = UNet2DModel(**unet_config((64, 128, 176)))
-    images = torch.randn(4, 3, 32, 32)
+def kernels(unet_options: dict, rounds: int) -> None:
+    head("plain over optimised", "used", "ratio")
+    unet = UNet2DModel(**unet_options)
+    images = torch.randn(4, 3, unet.config.sample_size, unet.config.sample_size)
     plain, bf16 = partial(passes, unet, images), partial(passes, unet, images, bf16=True)
     has = has_bf16(images.device)
-    row("bf16, UNet of 6.5 M, 4 images", "by the launch" + ("" if has else "; no unit for it in this CPU"),
-        ratio(in_turns(plain, bf16, max(rounds // 3, 1))), "1.3")  # fmt: skip
+    pairs = in_turns(plain, bf16, max(rounds // 3, 1))
+    row(f"bf16, {named(unet)}, 4 images", "by the launch" + ("" if has else "; no native bf16 here"), ratio(pairs))
     last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
     channels_last = partial(passes, last, images.to(memory_format=torch.channels_last))
     row("channels-last, float32", "off", ratio(in_turns(plain, channels_last, rounds)))
@@ -78,53 +69,56 @@ def kernels(rounds: int) -> None:
     row("foreach EMA", "on", ratio(in_turns(*steps, 4 * rounds)))
 
 
-def compiled(backend: str, rounds: int) -> None:
-    """The first pass, which compiles, stands in a row of its own."""
-    head(f"plain over compiled by {backend}")
-    unet, images = UNet2DModel(**unet_config()), torch.randn(16, 3, 32, 32)
+def compiled(unet_options: dict, backend: str, rounds: int) -> None:
+    """The first pass, which compiles, has a row of its own."""
+    head(f"plain over compiled by {backend}", "measured", "ratio")
+    unet = UNet2DModel(**unet_options)
+    images = torch.randn(16, 3, unet.config.sample_size, unet.config.sample_size)
     fast = partial(passes, torch.compile(copy.deepcopy(unet), backend=backend), images)
     plain = partial(passes, unet, images)
     row("the first pass", f"{seconds(fast):.0f} s")
     pairs = in_turns(plain, fast, rounds)
-    row("UNet of 1.1 M at 32 px, 16 images", f"{milliseconds(pairs)}; by the launch", ratio(pairs))
+    row(f"{named(unet)}, 16 images", milliseconds(pairs), ratio(pairs))
 
 
-def seconds_per_update(name: str, processes: int, steps: int, updates: int) -> float:
-    """The fastest update of a launched run: what else the machine does only ever adds to one."""
+def seconds_per_update(name: str, unet: dict, processes: int, steps: int, updates: int) -> float:
+    """The median over a run's updates, without the first third."""
     config = run_config(
-        name, unet_config(), 64,
+        name, unet, 64,
         training__micro_batch_size=8, training__gradient_accumulation_steps=steps, training__num_epochs=None,
         training__max_train_steps=updates, checkpoint__every_steps=1000,
     )  # fmt: skip
     file = write_config(Path(FOLDER.name, f"{name}.yaml"), config.model_dump(mode="json", exclude_defaults=True))
-    outcome = launch("--config", file, processes=processes)
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    begin = start_two if processes == 2 else lambda *arguments, **keywords: [start(*arguments, **keywords)]
+    for outcome in [process.wait(300) for process in begin("--config", file, folder=Path(FOLDER.name, f"{name}-log"))]:
+        assert outcome.returncode == 0, outcome.stderr[-2000:]
     lines = [line for line in history(Path(config.output_dir)) if "train/loss" in line]
     return median(
         sum(value for key, value in line.items() if key.startswith("time/")) for line in lines[updates // 3 :]
     )
 
 
-def two_processes(updates: int) -> None:
+def two_processes(unet: dict, updates: int) -> None:
     head("two processes of one thread each over one")
     for steps in (1, 4):
-        one, two = (seconds_per_update(f"scale-{steps}-{count}", count, steps, updates) for count in (1, 2))
+        one, two = (seconds_per_update(f"scale-{steps}-{count}", unet, count, steps, updates) for count in (1, 2))
         row(f"8 images a micro-batch, N = {steps}", f"{1000 * two:.0f} : {1000 * one:.0f} ms", two / one, "1.15")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="a few updates, to see that it runs")
-    parser.add_argument("--compile", action="store_true", help="torch.compile beside the plain network, nothing else")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--compile", action="store_true", help="only torch.compile beside the plain network")
+    arguments = options.parse_args()
     short = arguments.short
+    small, large = [unet_config((8, 16), 8)] * 2 if short else (unet_config(), unet_config((64, 128, 176)))
     torch.set_num_threads(1)
+    print(machine())
     if arguments.compile:
-        compiled(*(("aot_eager", 1) if short else ("inductor", 20)))  # the latter calls a C++ compiler
+        compiled(small, *(("aot_eager", 1) if short else ("inductor", 20)))  # the latter calls a C++ compiler
         return
-    overhead(2 if short else 30)
-    kernels(1 if short else 6)
-    two_processes(3 if short else 12)
+    two_processes(small, 3 if short else 12)  # first, as autograd's threads would not survive the fork
+    overhead(small, 1 if short else 30)
+    kernels(large, 1 if short else 6)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,193 @@
+"""The processes of a run: how the launch set them up, and how they agree."""
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import joblib
+import psutil
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
+
+from finetune.core.errors import UserError, first_line
+from finetune.core.launcher import launcher_was_given, set_by_launcher
+
+T = TypeVar("T")
+_ACCUMULATION_VARIABLE = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+
+
+def processes() -> PartialState:
+    """The processes of this launch, before there is an Accelerator.
+
+    PartialState ignores ACCELERATE_USE_CPU, so pass it: each of several CPU processes would take itself for the only
+    one.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def check_processes() -> None:
+    """Find processes that were asked for and do not know of each other, each of which would train alone.
+
+    Raises:
+        UserError: on every such process, with its message on the first.
+    """
+    if processes().num_processes > 1:
+        _rest_before_forks()
+        return
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if asked > 1:
+        problem = (
+            f"launch: found 1 process where WORLD_SIZE in the environment is {asked}: without an accelerator, "
+            "Accelerate needs ACCELERATE_USE_CPU=true in the environment to connect them"
+        )
+        raise UserError(problem) if os.environ.get("RANK", "0") == "0" else UserError()
+    if "WORLD_SIZE" not in os.environ and set_by_launcher("MASTER_ADDR"):  # it sets that for several processes alone
+        raise UserError(
+            "launch: accelerate launch was asked for several processes and started 1, as it does without several "
+            "accelerators; start CPU processes with ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train.py ..., "
+            "or ask for --num_processes 1"
+        )
+
+
+def _rest_before_forks() -> None:
+    """Wait a moment before every fork, which starts data workers.
+
+    Before Python 3.12 the child waits forever (python/cpython#112275) if another thread held the interpreter's list of
+    threads when it was forked. gloo's threads do so for microseconds after a collective operation: of 3,000 forks, two
+    children hung.
+    """
+    if sys.version_info < (3, 12):
+        os.register_at_fork(before=partial(time.sleep, 0.05))
+
+
+def accelerator_options() -> dict[str, Any]:
+    """Arguments of the Accelerator that do not depend on the run."""
+    return {
+        "dataloader_config": DataLoaderConfiguration(non_blocking=True),
+        # Gradients live in the buckets that are reduced: one copy of them less.
+        "kwargs_handlers": [DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    }
+
+
+@contextmanager
+def launch_errors() -> Iterator[None]:
+    """Turn what the Accelerator's constructor raises into one line: fp16 without a GPU, a tracker without a package."""
+    try:
+        yield
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"launch: Accelerate cannot be set up as requested: {first_line(error)}") from error
+
+
+def check_launch(accelerator: Accelerator, gradient_accumulation_steps: int, tracker: str | None) -> None:
+    """Compare the Accelerator with what was asked for, where it overrides or ignores a wish without a word.
+
+    Raises:
+        UserError: accumulation steps overridden by the environment; a precision or a tracker that is not available.
+    """
+    if (found := accelerator.gradient_accumulation_steps) != gradient_accumulation_steps:
+        raise UserError(
+            f"{_ACCUMULATION_VARIABLE}: found {found} in the launch's environment, where the config gives "
+            f"{gradient_accumulation_steps}, which it would silently override; unset it, or make them agree"
+        )
+    if accelerator.mixed_precision != "no" and not accelerator.native_amp:  # Accelerate would go on in float32
+        found = f"found mixed precision {accelerator.mixed_precision} on {accelerator.device.type}"
+        raise UserError(f"launch: {found}, which does not support it; expected no or bf16: --mixed_precision bf16")
+    if tracker is not None and not accelerator.log_with:  # Accelerate would log nothing
+        raise UserError(
+            f"logging.tracker: {tracker} is not installed here; pip install {tracker}, or set tensorboard or null"
+        )
+
+
+def use_available_cores(accelerator: Accelerator) -> None:
+    """Train with every core that this process may use, where one process trains on a CPU.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 for every process if the user gives no number. A number from the user
+    counts; for several processes the launch decides.
+    """
+    if accelerator.device.type != "cpu" or accelerator.num_processes > 1:
+        return
+    variables = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ]
+    if launcher_was_given("--num_cpu_threads_per_process") or not all(map(set_by_launcher, variables)):
+        return
+    # joblib knows affinity and a container's quota. A second thread of a core adds nothing to multiplications.
+    torch.set_num_threads(min(joblib.cpu_count(), psutil.cpu_count(logical=False) or joblib.cpu_count()))
+
+
+def printed_once(error: UserError) -> UserError:
+    """An error that all processes raise: with its message on the main process, without one on the others."""
+    return error if processes().is_main_process else UserError(exit_code=error.exit_code)
+
+
+def on_main_process(ask: Callable[[], T]) -> T:
+    """Call `ask` on the main process alone and give every process its answer, which has to be picklable.
+
+    Raises:
+        UserError: on all processes, if `ask` raised it.
+    """
+    outcome: list[Any] = [None, None]
+    if processes().is_main_process:
+        try:
+            outcome[0] = ask()
+        except UserError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise printed_once(outcome[1])
+    return outcome[0]
+
+
+def together(make: Callable[[], T]) -> T:
+    """Call `make` on every process; if one of them fails, none goes on or waits for another.
+
+    Raises:
+        UserError: on all processes, if any of them raised it.
+    """
+    made: Any = None
+    problem = None
+    try:
+        made = make()
+    except UserError as error:
+        problem = error
+    if problems := [found for found in gather_object([problem]) if found is not None]:
+        raise printed_once(problems[0])
+    return made
+
+
+def main_process_first(make: Callable[[], T]) -> T:
+    """Call `make` on every process, on the main one first: the others find the caches that it filled.
+
+    Raises:
+        UserError: on all processes, if any of them raised it.
+    """
+    is_main = processes().is_main_process
+    first = together(make if is_main else lambda: None)
+    second = together(make if not is_main else lambda: None)
+    made: Any = first if is_main else second
+    return made
+
+
+def all_agree(answer: bool) -> bool:
+    """Whether the answer is yes on every process."""
+    return all(gather_object([answer]))
+
+
+def leave_processes() -> None:
+    """Destroy the process group, after the run's objects are gone.
+
+    If DDP's reducer is the last to hold gloo's process group, its destructor waits for gloo's thread, which may wait
+    for the interpreter lock, which the destructor holds: about one process in ten would never exit.
+    """
+    gc.collect()
+    processes().destroy_process_group()

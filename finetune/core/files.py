@@ -1,0 +1,49 @@
+"""Atomic file writes."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from finetune.core.errors import UserError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write a file or folder of a run into one line that names it.
+
+    Raises:
+        UserError: if it could not be written (a full disk, a quota, a read-only file system).
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if isinstance(error, RuntimeError):
+            if "inline_container" not in reason:
+                raise
+            reason = "torch.save failed"  # its own message gives positions in a file
+        free = ""
+        with suppress(OSError):
+            free = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
+        raise UserError(
+            f"{path}: cannot be written ({reason}{free}); free some space or set another output_dir. Complete "
+            "checkpoints are untouched; run the same command again to resume from the newest one",
+            exit_code=1,
+        ) from error
+
+
+@contextmanager
+def atomic(file: Path) -> Iterator[Path]:
+    """A temporary path to write to. It replaces the file when the block succeeds and is removed when it fails."""
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial")
+        try:
+            yield partial
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)

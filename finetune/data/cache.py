@@ -1,0 +1,117 @@
+"""Pictures decoded once: rows of a dataset, converted by all cores and kept in the cache of `datasets`.
+
+Cache path: HF_DATASETS_CACHE/pixels/<source and options>/<rows>.arrow
+"""
+
+import fcntl
+import glob
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from finetune.data.order import Indices
+from finetune.data.pixels import Encoded, Row
+
+PIECE = 4096  # pictures in a cache file; at most this many are decoded again after an interruption
+BATCH_ROWS, BATCH_BYTES = 128, 2**25  # pictures and their pixels decoded between two writes
+
+
+def decoded(
+    dataset: datasets.Dataset,
+    column: str,
+    rows: Indices,
+    decode: Callable[[Encoded | None], Row],
+    features: datasets.Features,
+    identity: str,
+    size: int,
+) -> datasets.Dataset:
+    """The given rows of a dataset, decoded. Read from the cache where it has them.
+
+    Args:
+        column: holds {"bytes", "path"} of an encoded picture, or None.
+        decode: makes a row of it; its `error` tells why a picture is bad. Called by a thread for every core.
+        features: of the rows that `decode` makes.
+        identity: everything beside the dataset that the result depends on.
+        size: about how many bytes of pixels an image has.
+
+    Rows are decoded in pieces, each saved when it is complete, so an interrupted run continues with the next. Threads
+    are as fast as processes, since decoding releases the interpreter lock, and unlike those of `map(num_proc=...)` they
+    start at once, fork no process that uses a GPU, and leave no orphans when the run is killed.
+    """
+    # Our own key: that of `datasets` is a hash of bytecode and of all options of `map`.
+    key = _hash(repr((dataset._fingerprint, column, identity)).encode())
+    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "pixels", key)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pieces = np.array_split(rows, -(-len(rows) // max(PIECE, len(rows) // 64)))
+    tables = []
+    with _exclusive(folder), ThreadPoolExecutor(cores) as threads:
+
+        def decode_batch(images: list[Encoded | None]) -> dict[str, list[Any]]:
+            batch = list(threads.map(decode, images))
+            return {name: [row[name] for row in batch] for name in features}
+
+        for number, chosen in enumerate(pieces, 1):
+            piece, name = dataset.select_columns(column).select(chosen), _hash(chosen.astype("<i8").tobytes())
+            convert = partial(
+                piece.map,
+                decode_batch,
+                batched=True,
+                batch_size=max(4 * cores, min(BATCH_BYTES // size, BATCH_ROWS)),
+                input_columns=[column],
+                remove_columns=[column],
+                features=features,
+                new_fingerprint=f"{key}-{name}",
+                # Otherwise `map` writes beside the source's own files, or keeps the result in memory.
+                cache_file_name=os.path.join(folder, f"{name}.arrow"),
+                desc="Decoding images" + (f" ({number}/{len(pieces)})" if len(pieces) > 1 else ""),
+            )
+            tables.append(_current(convert, piece[column], decode))
+    return datasets.concatenate_datasets(tables)
+
+
+def _current(
+    convert: Callable[..., datasets.Dataset], images: Sequence[Encoded | None], decode: Callable[[Encoded | None], Row]
+) -> datasets.Dataset:
+    """A piece from the cache, converted again if the file is damaged or a bad picture has become readable.
+
+    (A picture can become readable without its name or mtime changing: chmod, a network disk.)
+    """
+    try:
+        table = convert(load_from_cache_file=True)
+        bad = np.flatnonzero(table.data.column("error").is_valid().to_numpy())
+        if len(table) == len(images) and all(decode(images[int(row)])["error"] for row in bad):
+            return table
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk fails, not the file
+            raise
+    return convert(load_from_cache_file=False)
+
+
+@contextmanager
+def _exclusive(folder: str) -> Iterator[None]:
+    """Exclusive lock on a cache folder: another run that needs it waits, and finds it filled."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            _remove_partial(folder)  # of a killed run
+            yield
+        finally:
+            _remove_partial(folder)  # `map` leaves its file behind when the disk is full
+
+
+def _remove_partial(folder: str) -> None:
+    for unfinished in glob.glob(os.path.join(glob.escape(folder), "tmp*")):
+        os.remove(unfinished)
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -1,0 +1,172 @@
+"""From any data source to decoded images: those to train on and those held out."""
+
+import os
+from functools import partial
+from typing import Any
+
+import datasets
+import numpy as np
+
+from finetune.config.schema import DataConfig
+from finetune.core.errors import UserError
+from finetune.core.kind import ImageFormat
+from finetune.data.cache import decoded
+from finetune.data.damage import is_pointer
+from finetune.data.decode import BadImageError, check_format, decode, original, quiet
+from finetune.data.order import held_out
+from finetune.data.pixels import FEATURES, FORMAT, Images, error_row, pixel_row
+from finetune.data.selection import Selection, select
+from finetune.data.sources import Source, explained, open_source
+
+LISTED = 20  # bad images that an error or the plan names
+
+
+def load_data(
+    config: DataConfig,
+    image_format: ImageFormat,
+    seed: int,
+    labelled: bool = False,
+    output_dir: str | None = None,
+) -> tuple[Images, Images | None]:
+    """Images to train on and images held out: `validation_split`, or a fraction chosen by the seed alone.
+
+    Decoded unless the cache has them. With several processes the main one calls this first, and the others read its
+    cache.
+
+    Args:
+        labelled: every image has to have a label, and a held-out one the label of some image to train on.
+        output_dir: where the run will write, which may not be among the images.
+
+    Raises:
+        UserError: no such source, split, column or label; no room; bad images, all in one error, unless
+            `on_bad_image: skip` leaves them out; nothing left.
+    """
+    check_format(image_format.channels, config.background)
+    source = open_source(config.source, output_dir)
+    images = _load(source, config, config.split, "data.split", image_format, labelled)
+    if config.validation_split is not None:
+        held = _load(source, config, config.validation_split, "data.validation_split", image_format, labelled)
+        if labelled and (unknown := [name for name in held.class_names if name not in images.class_names]):
+            raise UserError(
+                f"data.validation_split: found the classes {', '.join(unknown[:10])} in {config.validation_split!r}, "
+                f"which {config.split!r} does not have; expected the same classes in both"
+            )
+        return images, held
+    chosen = held_out(seed, len(images), config.validation_fraction)
+    if not len(chosen):
+        return images, None
+    return images.select(np.delete(np.arange(len(images)), chosen)), images.select(chosen)
+
+
+def _load(
+    source: Source, config: DataConfig, split: str, key: str, image_format: ImageFormat, labelled: bool
+) -> Images:
+    chosen = select(source.splits, config, split, key)
+    if not len(chosen.rows):
+        raise UserError(f"{key}: found no images in {split!r} of {config.source}; expected at least one")
+    if labelled:
+        _check_labels(source, config, chosen)
+    channels, resolution = image_format
+    options: dict[str, Any] = {
+        "channels": channels,
+        "resolution": resolution,
+        "crop": config.crop,
+        "background": config.background,
+    }
+    with explained(config.source), quiet():
+        decode_row = partial(_decode_row, folders=source.folders, **options)
+        identity, size = repr((FORMAT, list(FEATURES), options)), resolution**2 * channels
+        table = decoded(chosen.dataset, chosen.image_column, chosen.rows, decode_row, FEATURES, identity, size)
+    errors = table.data.column("error")
+    bad = np.flatnonzero(errors.is_valid().to_numpy())
+    problems = []
+    for index, row in zip(bad.tolist(), chosen.rows[bad].tolist(), strict=True):
+        name = source.describe(row, chosen.dataset[row][chosen.image_column])
+        problems.append(f"{name}: {errors[index].as_py()}")
+    if problems and (config.on_bad_image == "error" or len(problems) == len(table)):
+        advice = "fix or remove them" + (", or set data.on_bad_image=skip" if config.on_bad_image == "error" else "")
+        found = f"found {len(problems)} of {len(table)} images bad"
+        raise UserError(f"data.source: {config.source}: {found}; {advice}", *_listed(problems))
+    good = np.delete(np.arange(len(table)), bad)
+    labels = None if chosen.labels is None else chosen.labels[good]
+    notes = list(source.notes)
+    if problems:
+        notes.append(
+            f"left out {len(problems)} of {len(table)} images of {split!r}, which are bad (on_bad_image: skip):"
+        )
+        notes += [f"  {line}" for line in _listed(problems)]
+    notes += _changes(table.select(good), image_format)
+    return Images(table, good, channels, resolution, labels, chosen.label_names, problems, notes)
+
+
+def _changes(table: datasets.Dataset, image_format: ImageFormat) -> list[str]:
+    """What decoding did to the pictures, a line each: size, crop and colour."""
+    channels, resolution = image_format
+    columns = (table.data.column(f"original_{name}").to_numpy() for name in ("width", "height", "colour"))
+    widths, heights, colour = columns
+    shorter, longer = np.minimum(widths, heights), np.maximum(widths, heights)
+    smallest, largest = shorter.argmin(), (widths * heights).argmax()
+    sizes = f"{widths[largest]} x {heights[largest]}"
+    if len({*zip(widths.tolist(), heights.tolist(), strict=True)}) > 1:
+        sizes = f"{widths[smallest]} x {heights[smallest]} to {sizes}"
+    notes = [f"sizes: {sizes} pixels, the shorter side resized to {resolution}"]
+    if enlarged := int((shorter < resolution).sum()):
+        notes[0] += f" ({enlarged} of {len(table)} enlarged)"
+    lost = 1 - shorter / longer  # of a picture's area, outside of a square
+    if lost.max() > 0:
+        notes.append(f"cropped to squares: {lost.mean():.0%} of a picture on average, {lost.max():.0%} at most")
+    if channels == 1 and (grey := int(colour.sum())):
+        notes.append(f"colour made grey, as the model has one channel: {grey} of {len(table)}")
+    return notes
+
+
+def _listed(problems: list[str]) -> list[str]:
+    more = len(problems) - LISTED
+    return problems[:LISTED] + ([f"and {more} more"] if more > 0 else [])
+
+
+def _check_labels(source: Source, config: DataConfig, chosen: Selection) -> None:
+    """Raises UserError if there are no labels, or naming the images that have none."""
+    column = config.label_column or "label"
+    if chosen.labels is None:
+        raise UserError(
+            f"data.label_column: found no column {column!r} of labels in {config.source}; model.class_conditional=true "
+            "needs one: class labels, integers or texts, or one folder for each class"
+        )
+    missing = chosen.rows[chosen.labels < 0][:LISTED].tolist()
+    if missing:
+        names = [source.describe(row, chosen.dataset[row][chosen.image_column]) for row in missing]
+        count = int((chosen.labels < 0).sum())
+        raise UserError(
+            f"data.label_column: found no label in {column!r} for {count} of {len(chosen.rows)} images; expected one "
+            "for each: label or remove them",
+            *names,
+        )
+
+
+def _decode_row(image: dict[str, Any] | None, folders: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    """A row of the cache from what a dataset holds for a picture. A path must lie in one of the folders."""
+    try:
+        encoded = _encoded(image or {}, folders)
+    except BadImageError as error:
+        return error_row(str(error))
+    try:
+        return pixel_row(decode(encoded, **options), original(encoded))
+    except BadImageError as error:
+        if is_pointer(encoded):
+            return error_row("is a git-lfs pointer instead of the picture: run `git lfs pull` in its repository")
+        return error_row(str(error))
+
+
+def _encoded(image: dict[str, Any], folders: tuple[str, ...]) -> bytes | str:
+    data: bytes | None = image.get("bytes")
+    path: str | None = image.get("path")
+    if data is not None:
+        return data
+    if not path:
+        raise BadImageError("has no picture")
+    if not any(os.path.abspath(path).startswith(folder + os.sep) for folder in folders):
+        raise BadImageError("has no picture, only a path, which is not followed out of a dataset")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadImageError("is not a regular file")  # reading a named pipe would wait for ever
+    return os.path.abspath(path)

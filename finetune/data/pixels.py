@@ -1,0 +1,159 @@
+"""Decoded images: the rows of the cache, and how pixels are read from them.
+
+Pixels are raw bytes in memory-mapped arrow files and are copied only into a batch. A run holds no more images in its
+own memory than it is working on, and its workers share one page cache.
+"""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+
+from finetune.data.order import Indices
+
+FORMAT = 2  # of cached rows: bump it when decoding changes
+FEATURES = datasets.Features(
+    pixels=datasets.Value("large_binary"),  # channels x height x width bytes; none of a bad picture
+    height=datasets.Value("int32"),
+    width=datasets.Value("int32"),
+    checksum=datasets.Value("int64"),  # of shape and pixels
+    error=datasets.Value("string"),  # why a picture is bad
+    original_width=datasets.Value("int32"),
+    original_height=datasets.Value("int32"),
+    original_colour=datasets.Value("bool"),
+)
+
+
+Encoded = dict[str, Any]  # a picture as `datasets` holds it: bytes, path
+Row = dict[str, Any]  # of the cache
+Pixels = npt.NDArray[np.uint8]
+
+
+class Images(Sequence[Pixels]):
+    """Decoded images: a view of rows in memory-mapped files, at 16 bytes of memory an image.
+
+    Can be forked and pickled (to spawned workers): paths are sent, not pixels.
+
+    Attributes:
+        labels: int64 (n,), -1 for none; None where the source has no labels.
+        label_names: the name of label k, where labels have names.
+        skipped: "name: reason" of each bad picture that was left out of the source.
+        notes: lines for the plan: what was found in the source, and what was left out.
+    """
+
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        rows: Indices,
+        channels: int,
+        resolution: int,
+        labels: Indices | None = None,
+        label_names: list[str] | None = None,
+        skipped: Sequence[str] = (),
+        notes: Sequence[str] = (),
+    ):
+        self.table, self.rows, self.channels, self.resolution = table, rows, channels, resolution
+        self.labels, self.label_names, self.skipped = labels, label_names, list(skipped)
+        self.notes = list(notes)
+        self._open()
+
+    def _open(self) -> None:
+        """Views of the record batches' buffers; `datasets` would copy them into Python objects row by row."""
+        self._starts, self._batches, start = [], [], 0
+        for batch in self.table.data.to_batches():
+            pixels = batch.column("pixels")
+            _, offsets, data = pixels.buffers()
+            offsets = np.frombuffer(offsets, dtype=np.int64)[pixels.offset :]
+            heights, widths = (batch.column(name).to_numpy() for name in ("height", "width"))
+            self._starts.append(start)
+            self._batches.append((data, offsets, heights, widths))
+            start += len(batch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_starts", "_batches")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pixels(self, index: int) -> Pixels:
+        """One image, uint8 (H, W, C), read-only and not copied; H or W exceed the resolution if crops are random."""
+        row = self.rows[index]
+        number = bisect_right(self._starts, row) - 1
+        data, offsets, heights, widths = self._batches[number]
+        row -= self._starts[number]
+        shape = (self.channels, heights[row], widths[row])
+        return np.ndarray(shape, dtype=np.uint8, buffer=data, offset=offsets[row]).transpose(1, 2, 0)
+
+    def __getitem__(self, index: int) -> Pixels:  # type: ignore[override] # no slices: see `select`
+        """The centre square of one image, uint8 (resolution, resolution, C), without augmentation."""
+        pixels, side = self.pixels(index), self.resolution
+        top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+        return pixels[top : top + side, left : left + side]
+
+    def select(self, indices: Indices) -> "Images":
+        """A view of some of the images, in the order given."""
+        labels = None if self.labels is None else self.labels[indices]
+        rows = self.rows[indices]
+        options = self.channels, self.resolution, labels, self.label_names, self.skipped, self.notes
+        return Images(self.table, rows, *options)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the labels that occur, in the order of their numbers; a label without a name is its number."""
+        present = [] if self.labels is None else np.unique(self.labels[self.labels >= 0]).tolist()
+        return [self._class_name(label) for label in present]
+
+    def classes(self, class_names: Sequence[str]) -> Indices:
+        """The place of each image's class in `class_names`, int64 (n,); every image has to have one of them."""
+        places = {name: place for place, name in enumerate(class_names)}
+        return np.array([places[name] for name in self.names()], dtype=np.int64)
+
+    def names(self) -> list[str]:
+        """The name of each image's class."""
+        assert self.labels is not None
+        return [self._class_name(label) for label in self.labels.tolist()]
+
+    def _class_name(self, label: int) -> str:
+        return self.label_names[label] if self.label_names is not None else str(label)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all pixels, their order and labels: the same wherever and however the same images are stored."""
+        checksums = self.table.data.column("checksum").to_numpy()[self.rows]
+        digest = hashlib.blake2b(checksums.astype("<i8").tobytes(), digest_size=16)
+        if self.labels is not None:
+            digest.update(repr(self.label_names).encode() + self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+class Original(NamedTuple):
+    """What a picture was before it was decoded."""
+
+    width: int
+    height: int
+    colour: bool
+
+
+def pixel_row(pixels: Pixels, original: Original | None = None) -> Row:
+    """The row of an image, uint8 (H, W, C); by default it was the same before it was decoded."""
+    data = pixels.transpose(2, 0, 1).tobytes()  # plane by plane, as in a batch: reading is a plain copy
+    digest = hashlib.blake2b(repr(pixels.shape).encode() + data, digest_size=8).digest()
+    height, width = pixels.shape[:2]
+    checksum = int.from_bytes(digest, "little", signed=True)
+    width0, height0, colour = original or Original(width, height, pixels.shape[2] > 1)
+    row: Row = {"pixels": data, "height": height, "width": width, "checksum": checksum, "error": None}
+    return row | {"original_width": width0, "original_height": height0, "original_colour": colour}
+
+
+def error_row(reason: str) -> Row:
+    """The row of a bad picture."""
+    row: Row = {"pixels": b"", "height": 0, "width": 0, "checksum": 0, "error": reason}
+    return row | {"original_width": 0, "original_height": 0, "original_colour": False}

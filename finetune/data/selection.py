@@ -1,0 +1,117 @@
+"""Selects from an opened source: the split, the image column, and the rows by their labels."""
+
+import re
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+
+from finetune.config.schema import DataConfig
+from finetune.core.errors import UserError
+
+LABEL_TYPES = re.compile(r"u?int\d+|bool|(large_)?string")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected rows, their pictures not decoded yet."""
+
+    dataset: datasets.Dataset  # its image column holds {"bytes", "path"}
+    image_column: str
+    rows: np.ndarray  # int64 (n,): the selected rows, in order
+    labels: np.ndarray | None  # int64 (n,), -1 for a row that has none
+    label_names: list[str] | None  # the name of label k, where labels have names
+
+
+def select(splits: dict[str, datasets.Dataset], config: DataConfig, split: str, key: str = "data.split") -> Selection:
+    """The images of one split that have the labels in the config.
+
+    Args:
+        key: where the config names the split.
+
+    Raises:
+        UserError: no such split, column or label; one line that lists those that exist.
+    """
+    dataset = _part(splits, split, key, config.source)
+    column = _image_column(dataset, config)
+    labels, names = _labels(dataset, config)
+    rows = np.arange(len(dataset))
+    if config.labels is not None and labels is not None:  # `_labels` raises if labels are chosen and there are none
+        rows = np.flatnonzero(np.isin(labels, _wanted(dataset, labels, names, config, config.labels)))
+        labels = labels[rows]
+    try:
+        encoded = dataset.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError):
+        found = dataset.features[column]
+        raise UserError(f"data.image_column: found {column!r}, which holds {found}; expected pictures") from None
+    return Selection(encoded, column, rows, labels, names)
+
+
+def _part(splits: dict[str, datasets.Dataset], spec: str, key: str, source: str) -> datasets.Dataset:
+    """A split by its name, or part of it in the notation of `datasets`: `train[:1000]`, `train[10%:]`, `train+test`."""
+    if spec in splits:
+        return splits[spec]
+    try:
+        lengths = {name: len(split) for name, split in splits.items()}
+        pieces = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
+        ranges = [(splits[piece.splitname], piece.from_, piece.to) for piece in pieces]
+        return datasets.concatenate_datasets(
+            [split.select(range(start or 0, len(split) if stop is None else stop)) for split, start, stop in ranges]
+        )
+    except (AssertionError, ValueError):
+        raise UserError(f"{key}: found {spec!r}; expected a split of {source}, which has {', '.join(splits)}") from None
+
+
+def _image_column(dataset: datasets.Dataset, config: DataConfig) -> str:
+    """The configured column. A tar names its columns by extension, so `image` also means the only one with pictures."""
+    if config.image_column in dataset.column_names:
+        return config.image_column
+    pictures: list[str] = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
+    if config.image_column == "image" and len(pictures) == 1:
+        return pictures[0]
+    raise UserError(_no_column("data.image_column", config.image_column, dataset, config.source))
+
+
+def _no_column(key: str, found: str, dataset: datasets.Dataset, source: str) -> str:
+    columns = [
+        f"{name} (pictures)" if isinstance(kind, datasets.Image) else name for name, kind in dataset.features.items()
+    ]
+    return f"{key}: found {found!r}; expected a column of {source}, which has {', '.join(columns)}"
+
+
+def _labels(dataset: datasets.Dataset, config: DataConfig) -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels as int64 (n,), and their names: class labels, integers (without names), or a column's distinct texts."""
+    column, required = config.label_column or "label", config.label_column or config.labels
+    kind = dataset.features.get(column)
+    if isinstance(kind, datasets.ClassLabel) or (isinstance(kind, datasets.Value) and LABEL_TYPES.match(kind.dtype)):
+        values, names = dataset[column][:], getattr(kind, "names", None)
+        if kind.dtype.endswith("string"):
+            names = sorted({value for value in values if value is not None})
+            codes = {name: code for code, name in enumerate(names)}
+            values = [codes.get(value) for value in values]
+        return np.array([-1 if value is None else value for value in values], dtype=np.int64), names
+    if required and kind is None:
+        raise UserError(_no_column("data.label_column", column, dataset, config.source))
+    if required:
+        raise UserError(
+            f"data.label_column: found {column!r}, which holds {kind}; expected class labels, integers or texts"
+        )
+    return None, None
+
+
+def _wanted(
+    dataset: datasets.Dataset,
+    labels: np.ndarray,
+    names: list[str] | None,
+    config: DataConfig,
+    chosen: tuple[int | str, ...],
+) -> list[int]:
+    """The stored numbers of the labels to keep. A class is given by its name, or by its number if no name is that."""
+    present = [int(label) for label in np.unique(labels) if label >= 0 or names is None]
+    known = {names[label] if names else str(label): label for label in present}
+    listed = ", ".join([*known][:20]) + (", ..." if len(known) > 20 else "")
+    if isinstance(dataset.features[config.label_column or "label"], datasets.ClassLabel):
+        known = {str(label): label for label in present} | known
+    if unknown := [label for label in chosen if str(label) not in known]:
+        raise UserError(f"data.labels: found {unknown}; expected labels of {config.source}, which has {listed}")
+    return [known[str(label)] for label in chosen]

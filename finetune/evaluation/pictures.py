@@ -1,0 +1,184 @@
+"""Grids of images with their labels, and the loss curve, drawn as PNG files."""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from finetune.core.files import atomic
+from finetune.evaluation.rounds import Pixels
+
+_SMALLEST_TILE = 64  # pixels a side: digits of 16 pixels are shown enlarged
+_GAP = 2  # pixels between tiles
+_BLOCK_GAP = 8  # more of them between blocks of tiles that share a label
+_TEXT_SIZE = 13
+_LINE = 17  # pixels from one line of a label to the next
+_ROW_LABEL = 160  # pixels: a wider row label is broken into lines
+_COLUMN_LINES = 3  # of a column label
+
+
+def grid(
+    images: Pixels,
+    columns: int | None = None,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    corner: str = "",
+    scale: int | None = None,
+) -> Image.Image:
+    """Images row by row on white, with labels beside the rows and above the columns.
+
+    Args:
+        images: uint8 (n, H, W, C), C in 1, 3, 4.
+        columns: images in a row; None: roughly square.
+        row_labels: one a row, or one for each block of rows, if the blocks have the same number of rows. A label that
+            does not fit is broken into lines, and ends in an ellipsis where there is no room left.
+        column_labels: the same for columns.
+        corner: what the column labels are, written before them.
+        scale: every pixel is drawn as scale x scale; None: as many as make a tile of 64 pixels.
+
+    Raises:
+        ValueError: if rows or columns cannot be divided into as many blocks as there are labels.
+    """
+    count, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    scale = scale or max(-(-_SMALLEST_TILE // max(height, width)), 1)
+    height, width = height * scale, width * scale
+    tops, bottom = _starts(-(-count // columns), height, row_labels, "row")
+    lefts, right = _starts(columns, width, column_labels, "column")
+
+    corner_label = [corner] if corner else []
+    beside = [_broken(label, _ROW_LABEL, max(height // _LINE, 1)) for label in row_labels or ()]
+    span = len(lefts) // len(column_labels or [""])  # columns of a block
+    label_width = lefts[span - 1] + width - lefts[0]
+    above = [_broken(label, label_width, _COLUMN_LINES) for label in column_labels or ()]
+    left = max((_width(line) for label in [*beside, corner_label] for line in label), default=-2 * _GAP) + 2 * _GAP
+    top = max(map(len, [*above, corner_label])) * _LINE
+
+    images = images[:, :, :, 0] if channels == 1 else images
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    canvas = Image.new(mode, (left + right, top + bottom), "white")
+    for index, image in enumerate(images):
+        tile = Image.fromarray(image.repeat(scale, 0).repeat(scale, 1))
+        canvas.paste(tile, (left + lefts[index % columns], top + tops[index // columns]))
+
+    draw = ImageDraw.Draw(canvas)
+    for block, lines in enumerate(above):
+        middle = left + lefts[block * span] + label_width / 2
+        _write(draw, lines, middle, top - len(lines) * _LINE, "ma")
+    rows = len(tops) // len(row_labels or [""])  # rows of a block
+    for block, lines in enumerate(beside):
+        first, last = tops[block * rows], tops[block * rows + rows - 1] + height
+        _write(draw, lines, left - _GAP, top + (first + last - len(lines) * _LINE) / 2, "ra")
+    _write(draw, corner_label, left - _GAP, top - _LINE, "ra")
+    return canvas
+
+
+def sample_grid(blocks: Sequence[Pixels], names: Sequence[str | None], scales: Sequence[float]) -> Image.Image:
+    """Samples with a row a condition and a block of columns a guidance scale; without conditions roughly a square.
+
+    Args:
+        blocks: the samples at each scale, uint8 (rows x columns, H, W, C) in the order of the rows.
+        names: the condition of each row; None for unconditional samples.
+    """
+    labels = [name for name in names if name is not None]
+    if not labels:
+        return grid(blocks[0])
+    columns, shape = len(blocks[0]) // len(names), blocks[0].shape[1:]
+    images = np.stack(blocks).reshape(len(blocks), len(names), columns, *shape).swapaxes(0, 1).reshape(-1, *shape)
+    headings = [f"{scale:g}" for scale in scales]
+    return grid(images, len(blocks) * columns, labels, headings, corner="guidance")
+
+
+def _starts(count: int, size: int, labels: Sequence[str] | None, kind: str) -> tuple[list[int], int]:
+    """Where each of `count` rows or columns of tiles begins, and where the last one ends, with the gap around them."""
+    blocks = count if labels is None else len(labels)
+    if not blocks or count % blocks:
+        raise ValueError(f"found {blocks} {kind} labels for {count} {kind}s; expected a number that divides them")
+    apart = _BLOCK_GAP if blocks < count else 0
+    starts = [_GAP + index * (size + _GAP) + index // (count // blocks) * apart for index in range(count)]
+    return starts, starts[-1] + size + _GAP
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    import matplotlib  # brings a font with Latin, Greek and Cyrillic; Pillow's own has no accents
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), _TEXT_SIZE)
+
+
+def _width(text: str) -> int:
+    return int(np.ceil(_font().getlength(text)))
+
+
+def _broken(text: str, width: int, most: int) -> list[str]:
+    """A label as at most so many lines of a width in pixels: broken between words, or within one that is too long."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and _width(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and _width(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) > most:
+        last = lines[most - 1]
+        while last and _width(f"{last}…") > width:
+            last = last[:-1]
+        lines = [*lines[: most - 1], f"{last}…"]
+    return lines
+
+
+def _write(draw: ImageDraw.ImageDraw, lines: Sequence[str], x: float, y: float, anchor: str) -> None:
+    for number, line in enumerate(lines):
+        draw.text((x, y + number * _LINE), line, "black", _font(), anchor)
+
+
+def save_png(picture: Image.Image, file: Path) -> None:
+    """Write a PNG atomically, creating the folders above it."""
+    with atomic(file) as partial:
+        picture.save(partial, format="PNG")
+
+
+def loss_curve(history: list[dict[str, Any]], file: Path, steps_per_epoch: int) -> None:
+    """Draw the loss of each update, the average of each epoch, and the validation loss, over the update steps.
+
+    The picture is named after the folder that it lies in, the run's.
+
+    Args:
+        history: one mapping per logged line: `step` and any of the scalars' names.
+        steps_per_epoch: for the axis of epochs, at the top.
+    """
+    from matplotlib.figure import Figure  # half a second of imports, needed only at the end of a run
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    styles: dict[str, tuple[str, dict[str, Any]]] = {
+        "train/loss": ("each update", {"color": "tab:blue", "alpha": 0.35, "linewidth": 0.8}),
+        "train/loss_smoothed": ("smoothed", {"color": "tab:blue", "linewidth": 1.8}),
+        "train/epoch_loss": ("average of each epoch", {"color": "tab:orange", "marker": "o", "linewidth": 1.2}),
+        "validation/loss": ("validation", {"color": "tab:green", "marker": "s", "linewidth": 1.5}),
+        "validation/loss_ema": (
+            "validation, averaged weights",
+            {"color": "tab:red", "marker": "D", "linewidth": 1.5},
+        ),
+    }
+    for name, (label, style) in styles.items():
+        points = [(line["step"], line[name]) for line in history if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, markersize=4, **style)
+    axes.set_xlabel("update step")
+    to_epoch, to_step = partial(np.multiply, 1 / steps_per_epoch), partial(np.multiply, steps_per_epoch)
+    epochs = axes.secondary_xaxis("top", functions=(to_epoch, to_step))
+    epochs.set_xlabel("epoch")
+    axes.set_ylabel("loss (mean squared error)")
+    axes.set_title(f"Loss of {file.absolute().parent.name}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic(file) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120)

@@ -1,0 +1,136 @@
+"""Distances between samples and held-out images in the features of an image model: Fréchet and kernel distance."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import AutoImageProcessor, AutoModel
+
+from finetune.config.schema import QualityConfig
+from finetune.core.errors import UserError, first_line
+from finetune.evaluation.rounds import Pixels, rounds
+
+
+class Features:
+    """Features of images by any image model of transformers: a ViT, DINOv2, ResNet, or CLIP's image tower."""
+
+    def __init__(self, name: str):
+        """Load a model and its image processor from a folder or the hub.
+
+        Raises:
+            UserError: if `name` is neither, or not a model of images.
+        """
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+            self.model = AutoModel.from_pretrained(name).eval()
+        except Exception as error:  # transformers, the hub's client and safetensors each raise their own
+            raise UserError(
+                f"validation.quality.features: {name!r} cannot be loaded ({first_line(error)}); expected a folder or a "
+                "hub id of an image model with its preprocessor_config.json, such as facebook/dinov2-small"
+            ) from error
+        config = getattr(self.model.config, "vision_config", self.model.config)
+        self.channels: int = getattr(config, "num_channels", 3)
+
+    @torch.no_grad()
+    def of(self, images: Pixels, device: torch.device) -> torch.Tensor:
+        """Pooled features of uint8 (n, H, W, C) images, float32 (n, d), on the device.
+
+        Grey images are repeated for a model of colour, the channels of colour ones averaged for a model of grey, and
+        alpha is left out.
+        """
+        images = images[..., :3]
+        if self.channels == 1:
+            images = images.mean(-1, keepdims=True).round().astype(np.uint8)
+        elif images.shape[-1] == 1:
+            images = images.repeat(3, axis=-1)
+        inputs = self.processor(list(images), return_tensors="pt", input_data_format="channels_last")
+        pixels = inputs["pixel_values"].to(device)
+        self.model.to(device)
+        if hasattr(self.model, "get_image_features"):
+            output = self.model.get_image_features(pixel_values=pixels)
+        else:
+            output = self.model(pixel_values=pixels)
+        pooled = output if isinstance(output, torch.Tensor) else output.pooler_output
+        if pooled is None:  # a model without a pooling layer: the mean over its tokens
+            pooled = output.last_hidden_state.mean(1)
+        self.model.to("cpu")  # out of the accelerator's memory while updates run
+        return pooled.flatten(1).float()
+
+
+class Quality:
+    """Measures samples against held-out images; the same numbers whatever the number of processes."""
+
+    def __init__(self, config: QualityConfig, images: Sequence[Pixels], names: Sequence[str | None]):
+        """Compare `config.images` samples with as many held-out images, or with all if there are fewer.
+
+        Args:
+            images: held-out images, each uint8 (H, W, C).
+            names: the condition of each; the samples are drawn for the same ones.
+
+        Raises:
+            UserError: if the image model cannot be loaded.
+        """
+        self.features, self.every_steps = Features(config.features), config.every_steps
+        self.images = np.stack([images[index] for index in range(min(config.images, len(images)))])
+        self.names = [names[index % len(names)] for index in range(config.images)]
+        self._real: torch.Tensor | None = None
+
+    def distances(self, samples: Pixels, accelerator: Accelerator, check: Callable[[], None]) -> dict[str, float]:
+        """`frechet_distance` and `kernel_distance`, each lower for better samples. Called by all processes.
+
+        Fréchet distance: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", equation 6; its bias falls
+        with the number of images. Kernel distance: Binkowski et al. 2018, "Demystifying MMD GANs", section 3, the
+        unbiased estimate with the polynomial kernel of degree 3; it may be below 0.
+
+        Args:
+            samples: uint8 (n, H, W, C), the same on all processes.
+            check: called between two chunks; raises Interrupted to end here.
+        """
+        if self._real is None:
+            self._real = self._shared(self.images, accelerator, check)
+        return feature_distances(self._real, self._shared(samples, accelerator, check))
+
+    def _shared(self, images: Pixels, accelerator: Accelerator, check: Callable[[], None]) -> torch.Tensor:
+        """Features of all images, float32 (n, d), each computed by one process."""
+        width = self.features.of(images[:1], accelerator.device).shape[1]
+        found = torch.zeros(len(images), width, device=accelerator.device)
+        for chunk in rounds(len(images), accelerator):
+            check()
+            if chunk is not None:
+                found[chunk.start : chunk.stop] = self.features.of(images[chunk.start : chunk.stop], accelerator.device)
+        return accelerator.reduce(found, "sum").cpu()  # each row is 0 on all processes but one
+
+
+def feature_distances(real: torch.Tensor, fake: torch.Tensor) -> dict[str, float]:
+    """Fréchet and kernel distance of two sets of features, each (n, d), by torchmetrics."""
+    # Imported here: a second of imports that most runs do not need.
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    given, subset = _AsGiven(real.shape[1]), min(len(real), len(fake))
+    # Every process has all features: synchronised by torchmetrics, each would count once a process.
+    frechet = FrechetInceptionDistance(feature=given, sync_on_compute=False)
+    frechet.set_dtype(torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
+        kernel = KernelInceptionDistance(feature=given, subsets=1, subset_size=subset, sync_on_compute=False)
+    # torchmetrics draws its subset from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for metric in (frechet, kernel):
+            metric.update(real.double(), real=True)
+            metric.update(fake.double(), real=False)
+        return {"frechet_distance": float(frechet.compute()), "kernel_distance": float(kernel.compute()[0])}
+
+
+class _AsGiven(torch.nn.Module):
+    """In place of torchmetrics' own network: the features are there already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features

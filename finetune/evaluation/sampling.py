@@ -1,0 +1,120 @@
+"""Samples from starting noise that stays the same for the whole run."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from finetune.config.schema import SamplesConfig
+from finetune.core.errors import UserError, first_line
+from finetune.core.kind import Kind
+from finetune.core.randomness import noise
+from finetune.evaluation.rounds import Pixels, as_pixels, evaluating, rounds
+
+DEFAULT_ROWS = 10  # classes that are sampled where the config names none
+
+
+def sampled_names(options: SamplesConfig, kind: Kind) -> list[str | None]:
+    """The conditions that the sample grid has a row for; one row without a condition for an unconditional model.
+
+    Raises:
+        UserError: if `samples.labels` names a class that the model does not have.
+    """
+    if not kind.conditional:
+        return [None]
+    names = [str(label) for label in options.labels or kind.class_names[:DEFAULT_ROWS]]
+    if unknown := [name for name in names if name not in kind.class_names]:
+        listed = ", ".join(kind.class_names[:20]) + (", ..." if len(kind.class_names) > 20 else "")
+        raise UserError(
+            f"samples.labels: found {', '.join(unknown)}; expected classes of the model, which has {listed}"
+        )
+    return [*names]
+
+
+@torch.no_grad()
+def sample(
+    kind: Kind,
+    accelerator: Accelerator,
+    check: Callable[[], None],
+    seed: int,
+    names: Sequence[str | None],
+    inference_steps: int,
+    guidance_scale: float = 1.0,
+    purpose: str = "samples",
+) -> Pixels:
+    """An image for each of `names` by DDIM, from starting noise that the seed alone decides: uint8 (n, H, W, C).
+
+    Called by all processes, each of which draws its share; all get the result.
+
+    Args:
+        check: called between two steps; raises Interrupted to end here.
+        names: the condition of each image; None is unconditional.
+        guidance_scale: of classifier-free guidance; 1 turns it off.
+        purpose: names the stream of the starting noise.
+    """
+    clean, _ = kind.inputs(kind.example(1))
+    images = torch.zeros(len(names), *clean.shape[1:], device=accelerator.device)
+    ddim = DDIMScheduler.from_config(kind.noise_scheduler.config)
+    ddim.set_timesteps(inference_steps)
+    with evaluating(kind.network):
+        for chunk in rounds(len(names), accelerator):
+            if chunk is not None:
+                x = torch.stack([noise(seed, 0, index, clean.shape[1:], purpose) for index in chunk])
+                x = x.to(accelerator.device)
+            for timestep in ddim.timesteps:
+                check()
+                if chunk is not None:
+                    output = _guided(kind, x, timestep, names[chunk.start : chunk.stop], guidance_scale)
+                    # DDIM that clips the image has to derive the noise from the clipped image, or guidance ruins it.
+                    x = ddim.step(output, timestep, x, use_clipped_model_output=kind.conditional).prev_sample
+            if chunk is not None:
+                images[chunk.start : chunk.stop] = x
+    return as_pixels(accelerator.reduce(images, "sum"))  # each is 0 on all processes but one
+
+
+def _guided(
+    kind: Kind, x: torch.Tensor, timestep: torch.Tensor, names: Sequence[str | None], guidance_scale: float
+) -> torch.Tensor:
+    """The network's output under classifier-free guidance, uncond + w (cond - uncond), of the shape of `x`.
+
+    Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", in the form that diffusers uses. Both halves go through
+    the network as one batch.
+    """
+    if guidance_scale == 1:
+        return kind.network(x, timestep, **kind.conditions(names, x.device)).sample
+    conditions = kind.conditions([*names, *[None] * len(names)], x.device)
+    with_condition, without = kind.network(torch.cat([x, x]), timestep, **conditions).sample.chunk(2)
+    return without + guidance_scale * (with_condition - without)
+
+
+def check_sampling(noise_scheduler: DDPMScheduler, inference_steps: int) -> None:
+    """Sample one pixel as the run will and as its exported pipeline does, so that neither fails after the training.
+
+    Raises:
+        UserError: if a step fails or its result is not finite.
+    """
+    config = noise_scheduler.config
+    if inference_steps > config.num_train_timesteps:
+        raise UserError(
+            f"samples.inference_steps: found {inference_steps}; expected at most {config.num_train_timesteps}, the "
+            "num_train_timesteps of model.noise_scheduler"
+        )
+    keys = ("beta_schedule", "timestep_spacing", "steps_offset", "variance_type")
+    settings = ", ".join(f"{key} {config[key]}" for key in keys)
+    for scheduler_class, options in ((DDIMScheduler, {}), (DDPMScheduler, {"generator": torch.Generator()})):
+        problem = f"model.noise_scheduler: {scheduler_class.__name__} cannot sample in {inference_steps} steps"
+        pixel = torch.zeros(1, 1, 1, 1)
+        try:
+            scheduler = scheduler_class.from_config(config)
+            scheduler.set_timesteps(inference_steps)
+            for timestep in scheduler.timesteps:
+                pixel = scheduler.step(torch.zeros_like(pixel), timestep, pixel, **options).prev_sample
+        except Exception as error:  # whatever a wrong setting leads to
+            raise UserError(f"{problem} with {settings}: {first_line(error)}") from error
+        if scheduler.timesteps.min() < 0:  # would count from the end
+            raise UserError(
+                f"{problem} with {settings}: found a timestep {scheduler.timesteps.min()}, expected 0 or more"
+            )
+        if not pixel.isfinite().all():
+            raise UserError(f"{problem} with {settings}: found a pixel {pixel.item()}, expected finite ones")

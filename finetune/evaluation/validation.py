@@ -1,0 +1,109 @@
+"""Validation loss with fixed noise and timesteps, and what the network predicts at each noise level."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+
+from finetune.core.kind import Kind
+from finetune.core.randomness import noise
+from finetune.evaluation.rounds import CHUNK, Pixels, as_pixels, evaluating, rounds
+from finetune.training.objective import loss_per_image, predicted_images
+
+
+class Prediction(NamedTuple):
+    """A forward pass: what went in and what came out, each (b, C, H, W) but the timesteps (b,)."""
+
+    clean: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    noisy: torch.Tensor
+    output: torch.Tensor
+
+
+class Validation:
+    """Held-out images with noise and timesteps fixed for the whole run, the timesteps spread evenly over the range."""
+
+    def __init__(
+        self,
+        images: Sequence[Pixels],
+        count: int,
+        seed: int,
+        kind: Kind,
+        snr_gamma: float | None,
+        labels: npt.NDArray[np.int64] | None = None,
+    ):
+        """Draw i of `count` shows held-out image i mod n at timestep floor(T (i + 1/2) / count).
+
+        Args:
+            images: the held-out images, each uint8 (H, W, C) at the training resolution.
+            labels: the class of each, for a model that is told it.
+        """
+        self.images, self.seed, self.kind, self.snr_gamma, self.labels = images, seed, kind, snr_gamma, labels
+        self.timesteps = self._spread(count)
+
+    @torch.no_grad()
+    def losses(
+        self, accelerator: Accelerator, check: Callable[[], None], dropped: bool = False
+    ) -> npt.NDArray[np.float64]:
+        """Loss of each draw, float64 (count,), the same on all processes. Called by all of them.
+
+        Args:
+            check: called between two chunks; raises Interrupted to end here.
+            dropped: without the images' conditions.
+        """
+        losses = torch.zeros(len(self.timesteps), dtype=torch.get_default_dtype(), device=accelerator.device)
+        with evaluating(self.kind.network):
+            for chunk in rounds(len(self.timesteps), accelerator):
+                check()
+                if chunk is None:
+                    continue
+                shown = [draw % len(self.images) for draw in chunk]
+                timesteps = self.timesteps[chunk.start : chunk.stop]
+                made = self._predict(accelerator.device, shown, chunk, timesteps, dropped)
+                losses[chunk.start : chunk.stop] = loss_per_image(
+                    self.kind.noise_scheduler, made.output, made.clean, made.noise, made.timesteps, self.snr_gamma
+                )
+        return accelerator.reduce(losses, "sum").double().cpu().numpy()  # each is 0 on all processes but one
+
+    @torch.no_grad()
+    def denoise(self, device: torch.device) -> Pixels:
+        """One-step predictions of the first held-out image at 8 noise levels: uint8 (2 n, H, W, C).
+
+        First the n noisy images, then the n clean ones that the network predicts from them.
+        """
+        with evaluating(self.kind.network):
+            made = self._predict(device, [0] * CHUNK, range(CHUNK), self._spread(CHUNK))
+        clean = predicted_images(self.kind.noise_scheduler, made.output, made.noisy, made.timesteps)
+        return as_pixels(torch.cat([made.noisy, clean]))
+
+    @property
+    def noise_levels(self) -> list[str]:
+        """The timesteps of `denoise`, as it shows them from left to right."""
+        return [str(timestep) for timestep in self._spread(CHUNK)]
+
+    def _spread(self, count: int) -> npt.NDArray[np.int64]:
+        steps = self.kind.noise_scheduler.config.num_train_timesteps
+        return ((np.arange(count) + 0.5) * steps / count).astype(np.int64)
+
+    def _predict(
+        self,
+        device: torch.device,
+        shown: list[int],
+        draws: range,
+        timesteps: npt.NDArray[np.int64],
+        dropped: bool = False,
+    ) -> Prediction:
+        pixels = torch.from_numpy(np.stack([self.images[index] for index in shown])).permute(0, 3, 1, 2)
+        drawn = torch.stack([noise(self.seed, 0, draw, tuple(pixels.shape[1:]), "validation") for draw in draws])
+        batch = {"images": pixels, "noise": drawn, "timesteps": torch.from_numpy(timesteps)}
+        if self.labels is not None:
+            batch |= {"labels": torch.from_numpy(self.labels[shown]), "dropped": torch.full((len(shown),), dropped)}
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        clean, conditions = self.kind.inputs(batch)
+        noisy = self.kind.noise_scheduler.add_noise(clean, batch["noise"], batch["timesteps"])
+        output = self.kind.network(noisy, batch["timesteps"], **conditions).sample
+        return Prediction(clean, batch["noise"], batch["timesteps"], noisy, output)

@@ -1,0 +1,119 @@
+"""Pipelines on disk and on the hub: found, read, exported, uploaded."""
+
+import inspect
+import json
+import os
+import shutil
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import create_repo, upload_folder
+
+from finetune.core.errors import UserError, first_line
+from finetune.core.files import writing
+
+
+def pipeline_folder(name: str, pipeline_class: type[DiffusionPipeline]) -> Path:
+    """The folder of a pipeline: `name` itself if it is one, else what the hub has under it.
+
+    Raises:
+        UserError: if there is no such folder and the download fails.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    try:
+        return Path(pipeline_class.download(name))
+    except Exception as error:  # the hub's client raises a dozen, from a malformed id to no route to the host
+        raise UserError(
+            f"model.pretrained: {name!r} is not a local folder, and the download failed ({first_line(error)}); give "
+            "the folder of a pipeline or a hub id, and check the connection and the login"
+        ) from error
+
+
+def read_json(file: Path, name: str, expected: str) -> dict[str, Any]:
+    """A JSON file of the pipeline `name`, which has to hold a mapping; `expected` says what it should have been."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.pretrained: {name}: {file.name} cannot be read ({first_line(error)}); expected {expected}"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"model.pretrained: {name}: {file.name} holds no mapping; expected {expected}")
+    return content
+
+
+def check_keys(section: str, given: dict[str, Any], model_class: type) -> None:
+    """Raises UserError for keys that are not settings of a class, with the nearest one or all that there are."""
+    known = list(inspect.signature(model_class).parameters)
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        near = {key: get_close_matches(str(key), known, 1) for key in unknown}
+        raise UserError(
+            *(
+                f"{section}.{key}: {model_class.__name__} has no such setting; "
+                + (f"did you mean {near[key][0]}?" if near[key] else f"it has {', '.join(known)}")
+                for key in unknown
+            )
+        )
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, card: str, pictures: list[Path]) -> None:
+    """Write what `from_pretrained` loads, with its model card and the card's pictures; atomic."""
+    partial = folder.with_name(folder.name + ".tmp")
+    with writing(folder):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            pipeline.save_pretrained(partial)
+            _add_pipeline_code(pipeline, partial)
+            _forget_origin(partial)
+            for picture in pictures:
+                shutil.copy(picture, partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _add_pipeline_code(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Put the class of a pipeline that diffusers does not have beside its weights, as diffusers loads such classes.
+
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` then finds it: model_index.json names the file
+    and the class.
+    """
+    cls = type(pipeline)
+    if cls.__module__.startswith("diffusers."):
+        return
+    shutil.copy(inspect.getfile(cls), folder / "pipeline.py")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["_class_name"] = ["pipeline", cls.__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _forget_origin(folder: Path) -> None:
+    """Remove where each component was loaded from, which diffusers keeps: a path of this machine."""
+    for file in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload an exported pipeline to a hub repository, created if need be; returns its address.
+
+    Raises:
+        UserError: if the upload fails; the folder stays, and the same command tries again.
+    """
+    try:
+        create_repo(repository, exist_ok=True)
+        upload_folder(repo_id=repository, folder_path=folder, commit_message="Fine-tuned pipeline")
+    except Exception as error:  # the hub's client raises a dozen, from no login to no route to the host
+        raise UserError(
+            f"export.push_to_hub: {repository}: the upload of {folder} failed ({first_line(error)}); log in with "
+            "`hf auth login`, or set HF_TOKEN, and run the same command again",
+            exit_code=1,
+        ) from error
+    return f"https://huggingface.co/{repository}"

@@ -1,0 +1,152 @@
+"""UNet2DModel: loaded from a pipeline or built from a config, and checked before it is trained."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from finetune.config.schema import ModelConfig
+from finetune.core.errors import UserError, first_line
+from finetune.models.hub import check_keys, pipeline_folder, read_json
+from finetune.models.noise_schedulers import check_scheduler
+
+
+def pretrained_unet(name: str) -> tuple[UNet2DModel, dict[str, Any], list[str] | None]:
+    """Load a UNet2DModel from the folder or hub id of a pipeline.
+
+    Returns:
+        The network, the config of its scheduler, and the classes that the pipeline names, if it does.
+
+    Raises:
+        UserError: if it is no pipeline of such a network, or its weights cannot be loaded safely.
+    """
+    folder = pipeline_folder(name, DDPMPipeline)
+    index = read_json(folder / "model_index.json", name, "a folder of a DDPM pipeline, as diffusers saves it")
+    components = {part: value for part, value in index.items() if not part.startswith("_") and part != "id2label"}
+    if components.get("unet") != ["diffusers", "UNet2DModel"] or set(components) != {"unet", "scheduler"}:
+        found = ", ".join(f"{part}: {value}" for part, value in components.items())
+        raise UserError(
+            f"model.pretrained: {name}: found a {index.get('_class_name')} of {found}; expected a pipeline of a "
+            "diffusers UNet2DModel and a scheduler (DDPMPipeline or DDIMPipeline)"
+        )
+    # The earliest diffusers pipelines keep every component's files side by side at the top.
+    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    scheduler_config = read_json(scheduler_folder / "scheduler_config.json", name, "the noise scheduler's config")
+    library, scheduler, *_ = map(str, [*(components["scheduler"] or ()), "", ""])
+    check_scheduler(name, library, scheduler, scheduler_config)
+    try:
+        unet, report = UNet2DModel.from_pretrained(
+            unet_folder,
+            dtype=torch.get_default_dtype(),
+            local_files_only=True,
+            output_loading_info=True,
+            variant=_variant(unet_folder),
+        )
+    except Exception as error:  # diffusers, safetensors and torch each raise their own for an unreadable file
+        raise UserError(
+            f"model.pretrained: {unet_folder}: the weights cannot be loaded safely ({first_line(error)}); expected "
+            "diffusion_pytorch_model.safetensors, or a .bin of plain tensors, that fits config.json"
+        ) from error
+    wrong = [f"{len(names)} {kind.replace('_', ' ')}" for kind, names in report.items() if names]
+    if wrong:  # diffusers would go on with random numbers in their place
+        raise UserError(f"model.pretrained: {unet_folder}: the weights do not fit config.json: {', '.join(wrong)}")
+    return unet, scheduler_config, _class_names(index, unet, name)
+
+
+def _class_names(index: dict[str, Any], unet: UNet2DModel, name: str) -> list[str] | None:
+    """The classes that an exported class-conditional pipeline names, by row; the embedding's last row is "no class"."""
+    named = index.get("id2label")
+    if named is None or unet.config.num_class_embeds is None:
+        return None
+    rows = [str(row) for row in range(unet.config.num_class_embeds - 1)]
+    if not isinstance(named, dict) or sorted(named) != sorted(rows) or len(set(named.values())) != len(rows):
+        raise UserError(
+            f"model.pretrained: {name}: model_index.json names the classes {named}; expected one name for each of the "
+            f"rows 0 to {len(rows) - 1} of the class embedding"
+        )
+    return [str(named[row]) for row in rows]
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of the weights to load: None unless a folder has only variants, such as fp16."""
+    names = [file.name for file in folder.glob("diffusion_pytorch_model*")]
+    if any(re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.(safetensors|bin)", name) for name in names):
+        return None
+    found = [re.match(r"diffusion_pytorch_model\.(\w+)(-\d+-of-\d+)?\.(safetensors|bin)$", name) for name in names]
+    return min((match[1] for match in found if match), default=None)
+
+
+def build_unet(config: dict[str, Any], seed: int) -> UNet2DModel:
+    """A UNet2DModel from its config, with initial weights that the seed decides."""
+    check_keys("model.unet", config, UNet2DModel)
+    with torch.random.fork_rng(devices=[]):  # the seed decides the weights; the global generator is left as it was
+        torch.manual_seed(seed)
+        try:
+            return UNet2DModel(**config)
+        except Exception as error:  # whatever a wrong value leads to
+            raise UserError(f"model.unet: UNet2DModel cannot be built from it: {first_line(error)}") from error
+
+
+def check_unet(unet: UNet2DModel, noise_scheduler: DDPMScheduler, model: ModelConfig) -> None:
+    """Raises UserError for networks that can be built and not be trained."""
+    _check_time_embedding(unet, noise_scheduler)
+    config = unet.config
+    if config.class_embed_type is not None:
+        raise UserError(
+            f"model: found a UNet with class_embed_type {config.class_embed_type!r}; expected null, which embeds "
+            "classes by their number"
+        )
+    if config.num_class_embeds is not None and not model.class_conditional:
+        raise UserError(
+            f"model: the UNet is conditioned on {config.num_class_embeds} classes; set model.class_conditional=true "
+            "and data.label_column to train it, or give an unconditional one"
+        )
+    if config.num_class_embeds is not None and model.unet is not None:
+        raise UserError(
+            f"model.unet.num_class_embeds: found {config.num_class_embeds}; leave it out with "
+            "model.class_conditional=true: the data gives the number of classes"
+        )
+    if config.in_channels != config.out_channels:
+        raise UserError(
+            f"model: the UNet maps {config.in_channels} channels to {config.out_channels}; expected as many out as in "
+            "(a learned variance is not supported)"
+        )
+
+
+def _check_time_embedding(unet: UNet2DModel, noise_scheduler: DDPMScheduler) -> None:
+    config, steps = unet.config, noise_scheduler.config.num_train_timesteps
+    if config.time_embedding_type == "fourier":
+        raise UserError(
+            "model.unet.time_embedding_type: found fourier, which takes the logarithm of the timestep and divides by "
+            "it, and there is a timestep 0; expected positional or learned"
+        )
+    if config.time_embedding_type == "learned" and config.num_train_timesteps < steps:
+        raise UserError(
+            f"model.unet.num_train_timesteps: found {config.num_train_timesteps} learned embeddings; expected at least "
+            f"{steps}, the noise scheduler's num_train_timesteps"
+        )
+
+
+def own_resolution(sample_size: int | list[int] | tuple[int, int] | None) -> int | None:
+    """A model's own resolution in pixels a side; None if it has none or its sides differ."""
+    if isinstance(sample_size, list | tuple):
+        return sample_size[0] if len(set(sample_size)) == 1 else None
+    return sample_size
+
+
+def training_resolution(unet: UNet2DModel, resolution: int | None) -> int:
+    """Pixels a side to train at: `resolution`, or what the model was made for; raises UserError if neither will do."""
+    resolution = resolution or own_resolution(unet.config.sample_size)
+    if resolution is None:
+        raise UserError("data.resolution: not given, and the model has no square sample_size to take it from")
+    halvings = len(unet.config.block_out_channels) - 1
+    if resolution % 2**halvings:
+        nearest = max(round(resolution / 2**halvings), 1) * 2**halvings
+        raise UserError(
+            f"data.resolution: found {resolution}; expected a multiple of {2**halvings}, since this UNet halves it "
+            f"{halvings} times (nearest: {nearest})"
+        )
+    return resolution

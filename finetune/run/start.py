@@ -1,0 +1,215 @@
+"""The start of a run: where it starts is found first, without writing anything; then its folder is taken."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from finetune.config.load import to_yaml
+from finetune.config.schema import Config
+from finetune.core.batch import BatchLayout
+from finetune.core.distributed import on_main_process, together
+from finetune.core.errors import UserError
+from finetune.core.files import atomic
+from finetune.core.kind import Kind
+from finetune.core.stopping import StopCheck, StopRequest
+from finetune.data.order import WindowSampler
+from finetune.evaluation.quality import Quality
+from finetune.evaluation.validation import Validation
+from finetune.run import checkpoint
+from finetune.run.checkpoints import Checkpoints
+from finetune.run.evaluator import Evaluator
+from finetune.run.folder import Lock, require_room
+from finetune.run.report import Report
+from finetune.run.run import Run
+from finetune.run.state import Length, RunState, differences, identity
+from finetune.run.summary import hyperparameters
+from finetune.training.memory import weight_bytes
+from finetune.training.metrics import Meters
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: the one to resume from; None starts from scratch.
+        found: the checkpoints that the output folder held then, to notice another run's.
+    """
+
+    checkpoint: Path | None
+    length: Length
+    identity: dict[str, Any]
+    checkpoints: Checkpoints
+    found: list[Path]
+
+
+def find_start(
+    config: Config,
+    accelerator: Accelerator,
+    kind: Kind,
+    layout: BatchLayout,
+    num_images: int,
+    data_fingerprint: str,
+) -> Start:
+    """Find where a run starts. Writes nothing, so that `--check` finds what a start would. Called by all processes.
+
+    Args:
+        data_fingerprint: of the images' content.
+
+    Raises:
+        UserError: if the checkpoint asked for is not valid, or of another run, or past the length asked for, or if
+            there is too little disk space.
+    """
+    length = Length.of(config, num_images, layout.global_batch_size)
+    own_identity = identity(config, data_fingerprint, kind, layout.global_batch_size)
+    checkpoints = Checkpoints(Path(config.output_dir), config.checkpoint.resume, config.checkpoint.keep)
+
+    def find() -> tuple[Path | None, list[Path]]:
+        existing = list(checkpoints.by_step().values())
+        folder, step = checkpoints.find(accelerator.print), 0
+        if folder is not None:
+            step = _check_same_run(folder, own_identity, length)
+        _check_room(config, kind, checkpoints, step, length.total_steps)
+        return folder, existing
+
+    folder, existing = on_main_process(find)
+    return Start(folder, length, own_identity, checkpoints, existing)
+
+
+def _check_same_run(folder: Path, own_identity: dict[str, Any], length: Length) -> int:
+    """The step of a checkpoint, after checking that it belongs to this run and that the run goes at least that far."""
+    with checkpoint.untrusted(folder) as files:
+        saved = checkpoint.read_run_state(files)
+        if changed := differences(saved["identity"], own_identity):
+            raise UserError(
+                *(f"{folder} is of another run: {phrase}" for phrase in changed),
+                "set another output_dir to start a new run, or the former values to resume this one",
+            )
+        step = RunState(**saved["state"]).step
+    if step > length.total_steps:
+        raise UserError(
+            f"training: found a length of {length.total_steps} updates, but {folder} is past it, at step {step}; set "
+            f"max_train_steps to {step} or more, or branch off from an earlier checkpoint (checkpoint.resume) into "
+            "another output_dir"
+        )
+    return step
+
+
+def _check_room(config: Config, kind: Kind, checkpoints: Checkpoints, step: int, total_steps: int) -> None:
+    every, keep, weights = config.checkpoint.every_steps, config.checkpoint.keep, weight_bytes(kind)
+    size = weights * (4 if config.ema.enabled else 3)  # weights, AdamW's two moments, the average
+    saves = total_steps // every - step // every + (total_steps % every > 0)
+    branches_off = checkpoints.named is not None and not checkpoints.names_own()
+    needed = checkpoints.room_needed(size, saves + branches_off) + size * config.checkpoint.keep_best + weights
+    what = f"checkpoints of {size:,} bytes (checkpoint.keep={keep} and the next one) and the pipeline"
+    require_room(checkpoints.output_dir, needed, what)
+
+
+def start_run(
+    start: Start,
+    config: Config,
+    accelerator: Accelerator,
+    kind: Kind,
+    ema: EMAModel | None,
+    validation: Validation | None,
+    quality: Quality | None,
+    sampler: WindowSampler,
+) -> Run:
+    """Lock the output folder, load the checkpoint that was found, and open the report. Called by all processes.
+
+    Args:
+        kind: with its network on the device; network and optimizer are prepared by the Accelerator.
+
+    Raises:
+        UserError: if another run holds the folder, or it cannot be written, or the checkpoint cannot be loaded.
+    """
+    lock = together(lambda: _take_folder(start) if accelerator.is_main_process else None)
+    checkpoint.share_weights_between_setups(accelerator)
+    state, meters, folder = RunState(), Meters(), start.checkpoint
+    if folder is not None:
+        state, meters, changes = together(lambda: _restore(folder, config, accelerator, kind, ema))
+        named = start.checkpoints.named
+        since = f", which was trained on from {named}" if named not in (None, folder) else ""
+        accelerator.print(f"Resuming from {folder}{since}: step {state.step} of {start.length.total_steps}.")
+        for change in changes:
+            accelerator.print(f"  {change}")
+        if folder == named:
+            state.branches.append(checkpoint.digest(folder))
+    branch_point = folder if folder == start.checkpoints.named and not start.checkpoints.names_own() else None
+    if branch_point is not None:
+        together(lambda: _copy_metrics(branch_point, config) if accelerator.is_main_process else None)
+    step = -1 if folder is None else state.step
+    report = together(lambda: _open_report(config, accelerator, step, start.length))
+    stop = StopRequest()
+    check_stop = StopCheck(accelerator, stop.requested)
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        kind=kind,
+        ema=ema,
+        evaluator=Evaluator(config, accelerator, kind, ema, validation, quality, check_stop, report),
+        sampler=sampler,
+        length=start.length,
+        identity=start.identity,
+        state=state,
+        meters=meters,
+        report=report,
+        lock=lock,
+        checkpoints=start.checkpoints,
+        saved_step=step if branch_point is None else -1,
+        stop=stop,
+    )
+    if branch_point is not None:
+        run.save()  # from here on the branch does not need the folder that it came from
+    return run
+
+
+def _take_folder(start: Start) -> Lock:
+    lock = Lock(start.checkpoints.output_dir)
+    if list(start.checkpoints.by_step().values()) != start.found:
+        raise UserError(
+            f"output_dir: {start.checkpoints.output_dir}: another run wrote here a moment ago; run the same command "
+            "again to resume from its newest checkpoint"
+        )
+    start.checkpoints.remove_leftovers()
+    return lock
+
+
+def _restore(
+    folder: Path, config: Config, accelerator: Accelerator, kind: Kind, ema: EMAModel | None
+) -> tuple[RunState, Meters, list[str]]:
+    """Load a checkpoint into network, optimizer and average.
+
+    Returns:
+        Where the run was, its statistics, and the settings that have changed since.
+    """
+    with checkpoint.untrusted(folder) as files:
+        saved = checkpoint.read_run_state(files)
+        checkpoint.load(accelerator, files)
+        state, meters = RunState(**saved["state"]), Meters.from_state(saved["meters"])
+        if ema is not None:
+            averaged = checkpoint.load_tensors(files, "ema")
+            ema.shadow_params = [averaged[name].to(weight.device) for name, weight in kind.trainable().items()]
+            ema.optimization_step = state.updates
+        return state, meters, differences(saved["config"], config.model_dump(mode="json"))
+
+
+def _copy_metrics(folder: Path, config: Config) -> None:
+    """Give a branch the metrics of the run that it came from; the report cuts them back to the branch point."""
+    metrics = folder.parent / "metrics.jsonl"
+    if metrics.exists():
+        with atomic(Path(config.output_dir) / metrics.name) as partial:
+            shutil.copyfile(metrics, partial)
+
+
+def _open_report(config: Config, accelerator: Accelerator, saved_step: int, length: Length) -> Report:
+    resolved, output_dir = to_yaml(config), Path(config.output_dir)
+    if accelerator.is_main_process:
+        with atomic(output_dir / "config.yaml") as partial:
+            partial.write_text(resolved, encoding="utf-8")
+    settings = hyperparameters(config, length.global_batch_size, length.total_steps)
+    return Report(accelerator, output_dir, resolved, settings, saved_step, length.total_steps)

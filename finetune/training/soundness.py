@@ -1,0 +1,146 @@
+"""Whether a network keeps the promises of the run before it is trained: its batch layout, its compiled gradients."""
+
+import copy
+import math
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from finetune.core.distributed import all_agree, printed_once
+from finetune.core.errors import UserError, first_line
+from finetune.core.kind import Kind
+from finetune.core.randomness import noise
+
+# Compiled kernels round at other places and add up in other orders, so their error is another draw of the same size;
+# ten times as much covers sums that are added up one by one where the uncompiled kernels do it in a tree.
+_TOLERATED = 10
+
+
+def layout_dependent_layers(network: torch.nn.Module) -> list[str]:
+    """Layers whose result depends on the batch layout: dropout (a global generator) and batch statistics."""
+    found = []
+    for name, module in network.named_modules():
+        drops = isinstance(module, _DropoutNd) and module.p > 0
+        if drops or isinstance(module, _BatchNorm):
+            found.append(f"{name} ({type(module).__name__})")
+    return found
+
+
+def check_compiled(accelerator: Accelerator, network: torch.nn.Module, kind: Kind, micro_batch_size: int) -> None:
+    """Compare the gradients of a compiled network with the uncompiled one's, on one micro-batch, before it is trained.
+
+    Both are compared with float64. Where inductor's are wrong, its layout optimisation is turned off, and they are
+    compared again. With it, torch 2.13.0 on a CPU copies the zeros of an upsampling's gradient before the gradient is
+    added to them: the layers below get zeros, while the loss is right. (pytorch/pytorch#185509 has the same symptom.)
+
+    Args:
+        network: prepared by the Accelerator, which compiles it if the launch says so. Called by all processes.
+        kind: holds the bare network.
+
+    Raises:
+        UserError: if the network cannot be compiled, or its gradients are wrong.
+    """
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend == DynamoBackend.NO:
+        return
+    option = f"launch: --dynamo_backend {backend.value.lower()}"
+    exact = _exact_gradients(kind, micro_batch_size, accelerator.device)
+    plain = _distance(_gradients(kind.network, kind, micro_batch_size, accelerator.device), exact)
+    compiled = _compiled_distance(option, network, kind, micro_batch_size, accelerator.device, exact)
+    if not _acceptable(compiled, plain) and backend == DynamoBackend.INDUCTOR:
+        accelerator.print(
+            f"Note: compiled gradients were {compiled:.1e} from the exact ones, the uncompiled network's {plain:.1e}; "
+            "torch._inductor.config.layout_optimization is turned off"
+        )
+        torch._inductor.config.layout_optimization = False
+        torch._dynamo.reset()
+        compiled = _compiled_distance(option, network, kind, micro_batch_size, accelerator.device, exact)
+    if not _acceptable(compiled, plain):
+        found = f"found compiled gradients {compiled:.1e} from the exact ones, the uncompiled network's {plain:.1e}"
+        raise printed_once(
+            UserError(f"{option}: {found} (relative norm, micro-batch of {micro_batch_size}); set --dynamo_backend no")
+        )
+    accelerator.print(
+        f"Compiled gradients are {compiled:.1e} from the exact ones, the uncompiled network's {plain:.1e}"
+    )
+
+
+def _acceptable(compiled: float, plain: float) -> bool:
+    """Whether no process finds the compiled gradients farther off than rounding explains.
+
+    Where the uncompiled gradients are not finite either, nothing can be said, and the first update will say so.
+    """
+    rounding = torch.finfo(torch.float32).eps
+    return all_agree(not math.isfinite(plain) or compiled <= _TOLERATED * plain + rounding)
+
+
+def _compiled_distance(
+    option: str, network: torch.nn.Module, kind: Kind, count: int, device: torch.device, exact: list[Tensor]
+) -> float:
+    try:
+        return _distance(_gradients(network, kind, count, device), exact)
+    except TorchDynamoException as error:
+        raise printed_once(
+            UserError(f"{option}: the network cannot be compiled ({first_line(error)}); set --dynamo_backend no")
+        ) from error
+
+
+def _gradients(network: torch.nn.Module, kind: Kind, count: int, device: torch.device) -> list[Tensor]:
+    """Of the mean squared error over `count` images, by the trainable parameters."""
+    parameters = list(kind.trainable().values())
+    # Dropout draws, and the compiled network draws other numbers.
+    network.train(not layout_dependent_layers(kind.network))
+    _loss(network, kind, range(count), count, device, torch.get_default_dtype()).backward()
+    network.train()
+    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in parameters]
+    network.zero_grad(set_to_none=True)
+    return gradients
+
+
+def _exact_gradients(kind: Kind, count: int, device: torch.device) -> list[Tensor]:
+    """The same in float64, an image at a time so that no more memory is needed than for four copies of the weights."""
+    if device.type == "mps":  # has no float64
+        device = torch.device("cpu")
+    exact = copy.deepcopy(kind.network)
+    exact.__dict__.pop("forward", None)  # Accelerate's autocast, which calls the original
+    torch.nn.Module.to(exact, device, torch.float64)  # diffusers' own `to` warns
+    exact.train(not layout_dependent_layers(exact))
+    for index in range(count):
+        _loss(exact, kind, range(index, index + 1), count, device, torch.float64).backward()
+    trainable, named = kind.trainable(), dict(exact.named_parameters())
+    gradients = [named[name].grad for name in trainable]
+    return [
+        torch.zeros_like(weight) if grad is None else grad
+        for grad, weight in zip(gradients, trainable.values(), strict=True)
+    ]
+
+
+def _loss(
+    network: torch.nn.Module, kind: Kind, images: range, count: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Squared error of these images' predictions, as their share of the mean over `count` images.
+
+    Blank images under noise, at timesteps over the whole range; every image's are its own.
+    """
+    batch = {name: tensor.to(device) for name, tensor in kind.example(len(images)).items()}
+    clean, conditions = kind.inputs(batch)
+    drawn = torch.stack([noise(0, 0, index, tuple(clean.shape[1:]), "compile") for index in images]).to(device)
+    steps = kind.noise_scheduler.config.num_train_timesteps
+    timesteps = torch.tensor([(2 * index + 1) * steps // (2 * count) for index in images], device=device)
+    noisy = kind.noise_scheduler.add_noise(clean, drawn, timesteps).to(dtype)
+    conditions = {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditions.items()}
+    prediction = network(noisy, timesteps, **conditions).sample
+    return (prediction - drawn.to(dtype)).square().mean() * (len(images) / count)
+
+
+def _distance(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    """Norm of the difference over the norm of the exact ones, all of them as one vector."""
+    pairs = [(one.to(other.device, torch.float64), other) for one, other in zip(found, exact, strict=True)]
+    apart = math.sqrt(sum(float((one - other).square().sum()) for one, other in pairs))
+    return apart / max(math.sqrt(sum(float(other.square().sum()) for _, other in pairs)), 1e-300)

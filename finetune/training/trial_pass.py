@@ -1,0 +1,55 @@
+"""A pass of blank images through the network that leaves it as it was, and what autograd keeps of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from finetune.core.kind import Kind
+
+
+def forward(kind: Kind, count: int) -> torch.Tensor:
+    """The network's output for `count` blank images at timestep 0."""
+    device = next(kind.network.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in kind.example(count).items()}
+    clean, conditions = kind.inputs(batch)
+    timesteps = torch.zeros(count, dtype=torch.long, device=device)
+    return kind.network(clean, timesteps, **conditions).sample
+
+
+@contextmanager
+def unchanged(kind: Kind) -> Iterator[None]:
+    """Restore gradients, buffers and generators (dropout draws) after the block, in which there are no gradients."""
+    parameters, buffers = list(kind.network.parameters()), list(kind.network.buffers())
+    gradients, values = [parameter.grad for parameter in parameters], [buffer.clone() for buffer in buffers]
+    device = parameters[0].device
+    on_device = {} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    try:
+        with torch.random.fork_rng(**on_device or {"devices": []}):
+            kind.network.zero_grad(set_to_none=True)
+            yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
+
+
+def activation_bytes(kind: Kind) -> int:
+    """Bytes that autograd keeps of one image between forward and backward, measured by a forward pass of one image.
+
+    Under mixed precision about half of it; with gradient checkpointing only what is kept between the blocks.
+    """
+    kept: dict[int, int] = {}
+    weights = {parameter.data_ptr() for parameter in kind.network.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with unchanged(kind), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward(kind, 1).sum()
+    return sum(kept.values())

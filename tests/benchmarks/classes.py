@@ -1,0 +1,127 @@
+"""Class-conditional training on the digits: accuracy by guidance scale, the start of the embedding, quality over a run.
+
+python tests/benchmarks/classes.py            # about ten minutes on two CPU cores
+python tests/benchmarks/classes.py --short    # few updates and images: does it run
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from environment import FOLDER, parser
+
+import numpy as np
+import torch
+import yaml
+from diffusers import DDIMScheduler, DiffusionPipeline
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+from table import head, row
+from transformers import ResNetConfig, ResNetForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from finetune.models import classes
+from harness.compare import history
+from harness.configs import ROOT
+from harness.processes import finish, nothing
+
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+
+
+class ClippedWithoutItsNoise(DDIMScheduler):
+    """DDIM as pipelines call it by default: the image is clipped, the noise is that of the image before."""
+
+    def step(self, output, timestep, sample):
+        return super().step(output, timestep, sample)
+
+
+def accuracy(folder: Path, scale: float, each: int, scheduler: type = DDIMScheduler) -> float:
+    """The share of samples in which an SVC that was trained on the real digits reads the requested one."""
+    digits = load_digits()
+    judge = SVC(gamma=0.001).fit(digits.data, digits.target)
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    asked = [name for name in pipeline.labels for _ in range(each)]
+    generator = torch.Generator().manual_seed(1)
+    images = pipeline(asked, guidance_scale=scale, generator=generator, num_inference_steps=40, output_type="np").images
+    small = images.reshape(len(asked), 8, 2, 8, 2).mean((2, 4)).reshape(len(asked), 64)
+    return float((judge.predict(16 * small) == np.array([int(name) for name in asked])).mean())
+
+
+def train(name: str, updates: int, *overrides: str, before: Callable[[], None] = nothing) -> Path:
+    """A run of configs/digits-classes.yaml without sample grids; returns its folder."""
+    folder = Path(FOLDER.name, name)
+    finish(
+        *("--config", ROOT / "configs/digits-classes.yaml", f"output_dir={folder}", "samples.count=0"),
+        *(f"model.pretrained={ROOT / 'configs/digits-base'}", f"training.max_train_steps={updates}", *overrides),
+        folder=Path(FOLDER.name),
+        before=before,
+        seconds=900,
+    )
+    return folder
+
+
+def zero_rows() -> None:
+    classes.noise = lambda seed, epoch, position, shape, purpose: torch.zeros(shape)
+
+
+def feature_model(folder: Path, epochs: int) -> str:
+    """A small ResNet that reads the digits, in the format of transformers; untrained for 0 epochs."""
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        num_channels=1, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10
+    )
+    network = ResNetForImageClassification(config)
+    optimizer, digits = torch.optim.AdamW(network.parameters(), lr=3e-3), load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images)).split(64):
+            loss = network(pixel_values=images[chosen] / 8 - 1, labels=torch.tensor(digits.target)[chosen]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    network.eval().save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False).save_pretrained(folder)
+    return str(folder)
+
+
+def main(short: bool) -> None:
+    each, images = (2, 20) if short else (20, 200)
+    updates, early = (4, 2) if short else (300, 100)
+
+    head("guidance scale", "requested digit read", "with the noise of the unclipped image")
+    trained = train("whole", updates)
+    for scale in SCALES[:1] if short else SCALES:
+        found = (accuracy(trained / "pipeline", scale, each, how) for how in (DDIMScheduler, ClippedWithoutItsNoise))
+        row(str(scale), *(f"{share:.1%}" for share in found))
+
+    unet = yaml.safe_load((ROOT / "configs/digits-base.yaml").read_text())["model"]
+    scratch = [f"model.{key}={value}" for key, value in (unet | {"pretrained": "null"}).items()]
+    starts = {
+        "from the base, class rows N(0, 1)": train("normal", early),
+        "from the base, all rows zero": train("zero", early, before=zero_rows),
+        "from scratch": train("scratch", early, *scratch),
+    }
+    head(f"start, {early} updates", "requested digit read at scale 2", "last training loss, smoothed")
+    for name, folder in starts.items():
+        loss = [line["train/loss_smoothed"] for line in history(folder) if "train/loss_smoothed" in line][-1]
+        row(name, f"{accuracy(folder / 'pipeline', 2.0, each):.1%}", f"{loss:.4f}")
+
+    curves = {}
+    for name, epochs in {"trained on the digits": 1 if short else 12, "untrained": 0}.items():
+        features = feature_model(Path(FOLDER.name, name), epochs)
+        quality = f"validation.quality={{features: {features}, images: {images}, every_steps: {max(updates // 4, 1)}}}"
+        folder = train(
+            f"quality {name}", updates, quality, "data.validation_fraction=0.2", "samples.guidance_scale=2.0"
+        )
+        curves[name] = [line for line in history(folder) if "validation/kernel_distance" in line]
+    head("update", *(f"{what}, features {name}" for name in curves for what in ("FD", "KID")))
+    for lines in zip(*curves.values(), strict=True):
+        distances = [(line["validation/frechet_distance"], line["validation/kernel_distance"]) for line in lines]
+        row(str(lines[0]["step"]), *(f"{distance:.4f}" for pair in distances for distance in pair))
+
+
+if __name__ == "__main__":
+    with FOLDER:
+        main(parser(__doc__).parse_args().short)

@@ -1,0 +1,21 @@
+"""Errors the user can act on."""
+
+import pickle
+
+from finetune.core.errors import UserError, first_line
+
+
+def test_a_user_error_holds_one_problem_a_line_and_an_exit_code():
+    error = UserError("one", "two", exit_code=3)
+    assert (error.problems, error.exit_code, str(error)) == (("one", "two"), 3, "one\ntwo")
+    assert UserError("one").exit_code == 2
+
+
+def test_a_user_error_survives_pickling():
+    copied = pickle.loads(pickle.dumps(UserError("one", exit_code=1)))  # as it comes out of a data worker
+    assert (copied.problems, copied.exit_code) == (("one",), 1)
+
+
+def test_the_first_line_of_a_message_is_cut_at_200_characters():
+    assert first_line(ValueError(f"\n {'x' * 300}\nmore")) == "x" * 200
+    assert first_line(KeyError()) == "KeyError"

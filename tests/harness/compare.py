@@ -1,0 +1,118 @@
+"""What runs leave behind, and how far apart two of them are."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+from torch import Tensor
+
+from finetune.run import checkpoint
+
+TIMED = ("time/", "train/images_per_second")
+TIMED_TAGS = ("time/", "progress/images_per_second")
+
+
+def weights(output_dir: Path, step: int, part: str = "model") -> dict[str, Tensor]:
+    """Weights of a checkpoint: `model`, or `ema`."""
+    return load_file(output_dir / f"checkpoint-{step}" / f"{part}.safetensors")
+
+
+def moments(output_dir: Path, step: int, name: str) -> dict[str, Tensor]:
+    """AdamW's `exp_avg`, `exp_avg_sq` or `step` of every parameter."""
+    state = torch.load(output_dir / f"checkpoint-{step}" / "optimizer.bin", weights_only=True)["state"]
+    return {str(index): tensors[name] for index, tensors in state.items()}
+
+
+def history(output_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(output_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl without times and rates."""
+    return [{key: value for key, value in line.items() if not key.startswith(TIMED)} for line in history(output_dir)]
+
+
+def board(folder: Path) -> EventAccumulator:
+    """All that TensorBoard knows of one of its runs; everything in it is a tensor."""
+    events = EventAccumulator(str(folder), tensor_size_guidance={"scalars": 0, "images": 0, "text": 0})
+    events.Reload()
+    return events
+
+
+def curves(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's curves of a run: (step, value) of every scalar, without times and rates.
+
+    Their names are TensorBoard's, run and tag: `train/loss` is the smoothed one (see finetune.run.board).
+    """
+    found = {}
+    for folder in sorted((output_dir / "tensorboard").iterdir()):
+        if folder.is_dir():
+            events = board(folder)
+            try:
+                tags = events.PluginTagToContent("scalars")
+            except KeyError:  # of a run that was opened and has none
+                continue
+            for tag in tags:
+                if not tag.startswith(TIMED_TAGS):
+                    points = [(point.step, make_ndarray(point.tensor_proto).item()) for point in events.Tensors(tag)]
+                    found[f"{folder.name}/{tag}"] = points
+    return found
+
+
+def slots(output_dir: Path) -> list:
+    """(epoch, position, image, digest of pixels, noise and timestep) of every real slot of a run of `several_runs`."""
+    found = [json.loads(line) for file in output_dir.glob("slots-*.jsonl") for line in file.read_text().splitlines()]
+    return sorted(found)
+
+
+def valid_checkpoints(output_dir: Path) -> list[int]:
+    """The steps of a run's checkpoints, all of which have to be valid, in a folder without half-written files."""
+    saved = list(output_dir.glob("checkpoint-*"))
+    assert [checkpoint.flaw(folder) for folder in saved] == [None] * len(saved)
+    assert [path for path in output_dir.rglob("*") if path.name.endswith((".partial", ".pruned", ".tmp"))] == []
+    return sorted(int(folder.name.split("-")[1]) for folder in saved)
+
+
+def differing(one: Path, other: Path, step: int) -> list[str]:
+    """In what two runs are not the same to the last bit: weights, averages, TensorBoard's curves, metrics.jsonl."""
+    found = []
+    for part in ("model", "ema"):
+        expected, seen = weights(one, step, part), weights(other, step, part)
+        if expected.keys() != seen.keys() or not all(torch.equal(expected[name], seen[name]) for name in expected):
+            found.append(part)
+    return found + [read.__name__ for read in (curves, untimed) if read(one) != read(other)]
+
+
+def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Norm of the difference over the norm, of all tensors as one vector.
+
+    Not tensor by tensor: the gradient of an attention key's bias is zero in exact arithmetic, since the softmax cancels
+    it, and Adam makes steps of full size of its rounding errors.
+    """
+    assert one.keys() == other.keys()
+    flat = [torch.cat([tensors[key].double().flatten() for key in one]) for tensors in (one, other)]
+    return float((flat[0] - flat[1]).norm() / flat[0].norm())
+
+
+def differences(one: Path, other: Path, step: int) -> dict[str, float]:
+    """How far apart two runs are, by name: the largest relative difference of any update, and of the state at the end.
+
+    Raises:
+        AssertionError: if they did not log the same figures at the same steps.
+    """
+    lines, others = history(one), history(other)
+    assert [line["step"] for line in lines] == [line["step"] for line in others]
+    found = {}
+    for name in ("train/loss", "train/learning_rate", "train/grad_norm", "train/epoch_loss"):
+        assert [name in line for line in lines] == [name in line for line in others]
+        pairs = [(a[name], b[name]) for a, b in zip(lines, others, strict=True) if name in a]
+        found[name] = max(abs(a - b) / abs(a) if a != b else 0.0 for a, b in pairs)
+    for part in ("model", "ema"):
+        found[part] = relative_difference(weights(one, step, part), weights(other, step, part))
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        found[name] = relative_difference(moments(one, step, name), moments(other, step, name))
+    return found

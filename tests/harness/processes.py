@@ -1,0 +1,217 @@
+"""Starting train.py: forked, which takes no time, or by the real launcher.
+
+A fork has all imports done and runs the script's last lines included. On one process or two, to its end or not; faults
+are injected by a function that runs in the forked process before the script does.
+"""
+
+import gc
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.backends.backend_agg  # noqa: F401 - imported here so that no fork needs to
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+import train  # noqa: F401 - imported here so that no fork needs to
+from harness.configs import ROOT
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+class Outcome(NamedTuple):
+    """How a process ended."""
+
+    returncode: int  # negative: the signal that killed it
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The error lines, without their prefix."""
+        return [line.removeprefix("error: ") for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+    @property
+    def error(self) -> str:
+        """The only error line, which has to be the last thing printed, without a traceback."""
+        assert "Traceback" not in self.stderr, self.stderr
+        assert len(self.errors) == 1, self
+        assert self.stderr.endswith(f"error: {self.errors[0]}\n"), self.stderr
+        return self.errors[0]
+
+
+class Training:
+    """A forked train.py that is running."""
+
+    def __init__(self, arguments: Sequence, folder: Path, before: Callable[[], None], environment: dict[str, str]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = [folder / f"{name}-{time.monotonic_ns()}" for name in ("out", "err")]
+        gc.freeze()  # the objects of the tests need not be searched when the run ends
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(arguments, before, environment)
+
+    def _run(self, arguments: Sequence, before: Callable[[], None], environment: dict[str, str]) -> None:
+        code = 1
+        try:
+            sys.stdout, sys.stderr = (open(file, "w", buffering=1) for file in self.files)  # noqa: SIM115
+            os.dup2(sys.stdout.fileno(), 1)
+            os.dup2(sys.stderr.fileno(), 2)
+            os.environ |= environment
+            forget_processes()
+            multiprocessing.process._children.clear()  # data workers of the process that forked
+            for number in SIGNALS:  # a run in the process that forked may have set handlers
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            before()
+            sys.argv = ["train.py", *map(str, arguments)]
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            threading._shutdown()  # waits for threads, as an interpreter that exits does
+            os._exit(code)
+
+    def kill(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def printed(self) -> str:
+        """Standard output so far."""
+        return self.files[0].read_text()
+
+    def wait(self, seconds: float = 60) -> Outcome:
+        """Wait for the end; a process that takes longer is killed, and TimeoutError raised."""
+        end = time.monotonic() + seconds
+        while True:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() > end:
+                self.kill(signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise TimeoutError(f"train.py did not end in {seconds} s: {self.files[1].read_text()[-2000:]}")
+            time.sleep(0.01)
+        return Outcome(os.waitstatus_to_exitcode(status), *(file.read_text() for file in self.files))
+
+
+def nothing(*_: int) -> None: ...
+
+
+def start(*arguments: str | Path, folder: Path, before: Callable[[], None] = nothing, **environment: str) -> Training:
+    """train.py on one process. `before` runs in it first; `folder` takes what it prints."""
+    return Training(arguments, folder, before, environment)
+
+
+def run(
+    *arguments: str | Path,
+    folder: Path,
+    before: Callable[[], None] = nothing,
+    seconds: float = 60,
+    **environment: str,
+) -> Outcome:
+    """train.py on one process, to its end, within so many seconds."""
+    return start(*arguments, folder=folder, before=before, **environment).wait(seconds)
+
+
+def finish(
+    *arguments: str | Path,
+    folder: Path,
+    before: Callable[[], None] = nothing,
+    seconds: float = 60,
+    **environment: str,
+) -> Outcome:
+    """train.py on one process, to its end, which has to be exit code 0."""
+    outcome = run(*arguments, folder=folder, before=before, seconds=seconds, **environment)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    return outcome
+
+
+def start_two(
+    *arguments: str | Path, folder: Path, before: Callable[[int], None] = nothing, **environment: str
+) -> list[Training]:
+    """train.py on two processes, as the launcher would start them. `before` gets the number of its process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    return [
+        Training(arguments, folder, partial(before, process), environment | {"RANK": number, "LOCAL_RANK": number})
+        for process, number in enumerate("01")
+    ]
+
+
+def run_two(
+    *arguments: str | Path, folder: Path, before: Callable[[int], None] = nothing, **environment: str
+) -> list[Outcome]:
+    """train.py on two processes, to their ends."""
+    return [process.wait() for process in start_two(*arguments, folder=folder, before=before, **environment)]
+
+
+def launch(
+    *arguments: str | Path,
+    processes: int = 1,
+    script: str = "train.py",
+    config_file: str | None = None,
+    mixed_precision: str = "no",
+    launcher: Sequence[str] = (),
+    seconds: float = 300,
+    **environment: str,
+) -> Outcome:
+    """`accelerate launch` of a script with real processes, on the CPU, to its end.
+
+    Args:
+        config_file: launch as this file says; else with `processes`, `mixed_precision` and the `launcher`'s flags.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if config_file is not None:
+        command += ["--config_file", str(ROOT / config_file)]
+    else:
+        command += ["--num_machines", "1", "--num_processes", str(processes)]
+        command += ["--mixed_precision", mixed_precision, *launcher]
+        command += ["--multi_gpu"] if processes > 1 else ["--quiet"]
+    command += [str(ROOT / script), *map(str, arguments)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def start_command(*command: str | Path, **environment: str) -> subprocess.Popen:
+    """A real command in a session of its own, on the CPU. Its output is read with `communicate`."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen | None = None, seconds: float = 200) -> Any:
+    """Wait until a condition is true, and return what it returned. A process has to be running all the while."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process is None or process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found
+
+
+def forget_processes() -> None:
+    """Reset Accelerate's state, which it keeps for the life of a process."""
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()

@@ -1,0 +1,130 @@
+"""Every time embedding, block and attention of UNet2DModel: it is trained, or refused when the model is loaded."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from diffusers.models.unets import unet_2d_blocks
+
+from finetune.config.schema import ModelConfig
+from finetune.core.errors import UserError
+from finetune.models.unconditional import load_unconditional
+from finetune.training.compute import flops_per_image
+from harness.configs import UNET
+
+TIMESTEPS = 50
+# Colours, and channels in the groups of 32 that some blocks insist on.
+WIDE = {**UNET, "in_channels": 3, "out_channels": 3, "block_out_channels": [32, 32], "norm_num_groups": 8}
+
+TRAINED = {
+    "positional": {"time_embedding_type": "positional"},
+    "learned": {"time_embedding_type": "learned", "num_train_timesteps": TIMESTEPS},
+    "scale and shift": {"resnet_time_scale_shift": "scale_shift"},
+    "down by a resnet": {"downsample_type": "resnet"},
+    "up by a resnet": {"upsample_type": "resnet"},
+    "no middle": {"mid_block_type": None},
+    "no attention": {"add_attention": False},
+    "one head": {"attention_head_dim": None},
+    "groups in attention": {"attn_norm_num_groups": 4},
+    "padding 0": {"downsample_padding": 0},
+    "centred": {"center_input_sample": True},
+    "down and up by K blocks": {"down_block_types": ["KDownBlock2D"] * 2, "up_block_types": ["KUpBlock2D"] * 2},
+} | {
+    f"{way} by {block}": {f"{way}_block_types": [block, block]}
+    for way, blocks in {
+        "down": [
+            "DownBlock2D",
+            "ResnetDownsampleBlock2D",
+            "AttnDownBlock2D",
+            "SkipDownBlock2D",
+            "AttnSkipDownBlock2D",
+        ],
+        "up": ["UpBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D"],
+    }.items()
+    for block in blocks
+}
+
+NOT_BUILT = "model.unet: UNet2DModel cannot be built from it: "
+NOT_RUN = "model: a UNet2DModel of this config cannot denoise images of 8 x 8 pixels: "
+REFUSED = {
+    "fourier": ({"time_embedding_type": "fourier"}, "model.unet.time_embedding_type: found fourier"),
+    "learned, of no number": ({"time_embedding_type": "learned"}, NOT_BUILT),
+    "learned, too few": (
+        {"time_embedding_type": "learned", "num_train_timesteps": TIMESTEPS - 1},
+        "model.unet.num_train_timesteps: found 49 learned embeddings; expected at least 50",
+    ),
+    "embedding unknown": ({"time_embedding_type": "nonsense"}, NOT_BUILT),
+    "ada_group": ({"resnet_time_scale_shift": "ada_group"}, NOT_BUILT),
+    "spatial": ({"resnet_time_scale_shift": "spatial"}, NOT_BUILT),
+    "more dimensions in a head than channels": ({"attention_head_dim": 64}, NOT_RUN),
+} | {
+    block: ({f"{way}_block_types": [block, block]}, line)
+    for way, blocks in {
+        "down": {
+            "CrossAttnDownBlock2D": NOT_BUILT,
+            "SimpleCrossAttnDownBlock2D": NOT_BUILT,
+            "DownEncoderBlock2D": NOT_RUN,
+            "AttnDownEncoderBlock2D": NOT_RUN,
+            "KDownBlock2D": NOT_RUN,  # without KUpBlock2D
+            "KCrossAttnDownBlock2D": NOT_RUN,
+        },
+        "up": {
+            "CrossAttnUpBlock2D": NOT_BUILT,
+            "SimpleCrossAttnUpBlock2D": NOT_BUILT,
+            "UpDecoderBlock2D": NOT_RUN,
+            "AttnUpDecoderBlock2D": NOT_RUN,
+            "KUpBlock2D": NOT_RUN,  # without KDownBlock2D
+            "KCrossAttnUpBlock2D": NOT_RUN,
+        },
+    }.items()
+    for block, line in blocks.items()
+}
+
+
+def load(changes):
+    options = {"num_train_timesteps": TIMESTEPS}
+    return load_unconditional(ModelConfig(unet=WIDE | changes, noise_scheduler=options), None, 0)
+
+
+def test_every_block_of_diffusers_is_here():
+    for way in ("down", "up"):
+        source = inspect.getsource(getattr(unet_2d_blocks, f"get_{way}_block"))
+        known = re.findall(rf'{way}_block_type == "(\w+)"', source)
+        tested = [changes.get(f"{way}_block_types") for changes in TRAINED.values()]
+        tested += [changes.get(f"{way}_block_types") for changes, _ in REFUSED.values()]
+        assert {blocks[0] for blocks in tested if blocks} == set(known)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_is_trained_at_the_first_and_the_last_timestep_and_exported(tmp_path, name):
+    kind = load(TRAINED[name])
+    assert flops_per_image(kind) > 0
+    optimizer = torch.optim.AdamW(kind.network.parameters(), lr=1e-4)
+    before = {name: weight.detach().clone() for name, weight in kind.trainable().items()}
+    generator = torch.Generator().manual_seed(0)
+    images, noise = (torch.randn(2, 3, 8, 8, generator=generator) for _ in range(2))
+    timesteps = torch.tensor([0, TIMESTEPS - 1])
+    noisy = kind.noise_scheduler.add_noise(images, noise, timesteps)
+    (kind.network(noisy, timesteps).sample - noise).square().mean().backward()
+    for weight in kind.trainable().values():
+        assert weight.grad is None or weight.grad.isfinite().all()
+    optimizer.step()
+    changed = [name for name, weight in kind.trainable().items() if not torch.equal(weight, before[name])]
+    # some blocks build a layer that they do not use; nearly all change
+    assert len(changed) > 0.9 * len(before)
+    kind.pipeline().save_pretrained(tmp_path)
+    exported = DDPMPipeline.from_pretrained(tmp_path).unet.eval()
+    with torch.no_grad():
+        assert torch.equal(exported(noisy, timesteps).sample, kind.network.eval()(noisy, timesteps).sample)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_when_it_is_loaded(name):
+    changes, line = REFUSED[name]
+    with pytest.raises(UserError) as failure:
+        load(changes)
+    (problem,) = failure.value.problems
+    assert problem.startswith(line)
+    assert "\n" not in problem

@@ -1,0 +1,170 @@
+"""Real commands: what a launch sets up, what its signals do, and that no process trains on without its launcher."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import joblib
+import psutil
+import pytest
+
+from finetune.run import checkpoint
+from harness.compare import valid_checkpoints
+from harness.configs import tiny_config, write_config, write_pictures
+from harness.processes import start_command, wait_for
+
+pytestmark = pytest.mark.slow
+
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no")
+ONE = (*LAUNCH, "--num_processes", "1", "--quiet", "train.py")
+TWO = (*LAUNCH, "--num_processes", "2", "--multi_gpu", "--main_process_port", "0", "train.py")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py")
+PYTHON = (sys.executable, "train.py")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run without an end, with a checkpoint after each of its first updates."""
+    base = tmp_path_factory.mktemp("base")
+    config = tiny_config(
+        write_pictures(base / "pictures", 16),
+        base / "run",
+        data__num_workers=1,  # signals reach it too
+        training={"micro_batch_size": 4, "global_batch_size": 8, "max_train_steps": 100_000},
+    )
+    return write_config(base / "config.yaml", config)
+
+
+class Running:
+    """A command that trains, once its first update is logged."""
+
+    def __init__(self, command, config, output_dir, *more):
+        self.output_dir = output_dir
+        self.process = start_command(*command, "--config", config, f"output_dir={output_dir}", *more)
+        metrics = output_dir / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and "train/loss" in metrics.read_text(), self.process)
+        self.launched = psutil.Process(self.process.pid).children()
+
+    def stopped(self):
+        """Wait until every process has ended; the run has to be saved. Returns output and errors."""
+        output, errors = self.process.communicate(timeout=120)
+        _, alive = psutil.wait_procs(self.launched, timeout=120)
+        assert alive == []
+        (saved,) = valid_checkpoints(self.output_dir)
+        assert saved >= 1
+        return output, errors
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [(ONE, signal.SIGKILL), (ONE, signal.SIGTERM), (TWO, signal.SIGKILL)],
+    ids=["1 process, SIGKILL", "1 process, SIGTERM", "2 processes, SIGKILL"],
+)
+def test_a_launcher_that_ends_leaves_no_orphans_and_the_run_is_saved(config, tmp_path, command, number):
+    running = Running(command, config, tmp_path / "run")
+    running.process.send_signal(number)
+    output, _ = running.stopped()
+    assert output.count("Stopped after step ") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [(PYTHON, signal.SIGTERM), (ONE, signal.SIGINT), (TWO, signal.SIGTERM)],
+    ids=["python, SIGTERM", "1 process, SIGINT", "2 processes, SIGTERM"],
+)
+def test_a_signal_to_every_process_stops_the_run_and_it_is_saved(config, tmp_path, command, number):
+    """As from Slurm, a terminal, or systemd."""
+    running = Running(command, config, tmp_path / "run")
+    os.killpg(running.process.pid, number)
+    output, errors = running.stopped()
+    assert output.count("Stopped after step ") == 1
+    if command == PYTHON:
+        assert running.process.returncode == 143
+        assert "Traceback" not in errors
+
+
+def test_one_killed_worker_of_two_ends_the_launch(config, tmp_path):
+    output_dir = tmp_path / "run"
+    running = Running(TWO, config, output_dir, "checkpoint.every_steps=1")
+    wait_for(lambda: any(output_dir.glob("checkpoint-*")), running.process)
+    running.launched[-1].kill()
+    _, errors = running.process.communicate(timeout=120)
+    assert running.process.returncode == 1
+    assert errors.count("error: launch: another process of this run ended") == 1
+    saved = list(output_dir.glob("checkpoint-*"))
+    assert saved
+    assert all(checkpoint.flaw(folder) is None for folder in saved)
+
+
+def test_a_terminal_that_is_closed_stops_the_run_and_it_is_saved(config, tmp_path):
+    """The kernel sends SIGHUP, and what is printed to the terminal afterwards fails."""
+    output_dir = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+        command = [*PYTHON, "--config", str(config), f"output_dir={output_dir}"]
+        os.chdir(Path(__file__).parents[2])
+        os.execv(sys.executable, command)
+    while not (output_dir / "metrics.jsonl").exists() or "train/loss" not in (output_dir / "metrics.jsonl").read_text():
+        os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+    assert len(valid_checkpoints(output_dir)) == 1
+
+
+def test_ctrl_c_in_the_middle_of_the_imports_prints_nothing(config):
+    process = start_command(*PYTHON, "--config", config)
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(lambda: "libtorch_python" in maps.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == -signal.SIGINT
+
+
+def test_accelerate_launch_with_two_processes_that_starts_one_is_refused(config, tmp_path):
+    command = (*LAUNCH, "--num_processes", "2", "--quiet", "train.py", "--config", config, f"output_dir={tmp_path}/run")
+    process = start_command(*command)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1  # the launcher's
+    assert errors.splitlines()[-1].startswith("error: launch: accelerate launch was asked for several processes and")
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_without_accelerates_variable_is_refused_with_one_line_that_names_it(config):
+    process = start_command(*TORCHRUN, "--config", config, "--check", ACCELERATE_USE_CPU="false")
+    output, errors = process.communicate(timeout=120)
+    assert output == ""
+    (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: launch: found 1 process where WORLD_SIZE in the environment is 2: ")
+    assert "ACCELERATE_USE_CPU=true" in error
+
+
+def test_torchrun_with_accelerates_variable_connects_two_processes(config):
+    process = start_command(*TORCHRUN, "--config", config, "--check")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "8 = 4 per micro-batch x 1 accumulation steps x 2 process(es)" in output
+
+
+THREADS = """
+import sys, torch
+from accelerate import Accelerator
+from finetune.core.distributed import use_available_cores
+use_available_cores(Accelerator())
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(
+    "command", [(sys.executable,), (*LAUNCH, "--num_processes", "1")], ids=["python", "accelerate"]
+)
+def test_one_process_on_a_cpu_takes_the_cores_that_it_may_use(tmp_path, command):
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"}
+    output = subprocess.run([*command, script], env=environment, capture_output=True, text=True, check=True).stdout
+    assert int(output) == min(joblib.cpu_count(), psutil.cpu_count(logical=False))

@@ -1,0 +1,187 @@
+"""The plan, the results and the model card: true, and without the paths of this machine."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.config import plain_yaml
+from finetune.config.schema import Config, ModelConfig
+from finetune.core.batch import BatchLayout
+from finetune.models.hub import save_pipeline
+from finetune.models.unconditional import load_unconditional
+from finetune.run import summary
+from finetune.run.state import Length
+from finetune.run.summary import curves_folder, hyperparameters, model_card, results, table
+from harness.configs import UNET, tiny_config
+
+KIND = load_unconditional(ModelConfig(unet=UNET), None, 0)
+
+
+def config_of(**changes) -> Config:
+    return Config.model_validate(tiny_config(Path("pictures"), Path("run"), **changes))
+
+
+def plan(config: Config, num_held_out: int = 0, notes: tuple[str, ...] = (), mixed_precision: str = "no") -> list[str]:
+    """The lines of the plan for 20 images in windows of 8, on one process of a CPU."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=mixed_precision)
+    kind = load_unconditional(config.model, config.data.resolution, config.seed)
+    text = summary.plan(config, accelerator, BatchLayout(4, 2, 1), kind, 20, num_held_out, notes, 2_500_000_000)
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_the_plan_says_what_is_trained_and_how():
+    threads = torch.get_num_threads()
+    parameters = sum(weight.numel() for weight in UNet2DModel(**UNET).parameters()) / 1e6
+    # 20 images in windows of 8: three updates an epoch, the last of 4 images, twice
+    assert plan(config_of()) == [
+        "Plan",
+        f"device cpu, 1 process(es) with {threads} thread(s) each, float32",
+        f"model from scratch: {parameters:.2f} M parameters, epsilon prediction",
+        "images 20 to train on, 0 held out; 8 x 8, 1 channel(s)",
+        "batch 8 = 4 per micro-batch x 2 accumulation steps x 1 process(es)",
+        "length 6 updates, 3 an epoch (2 epochs; an epoch's last update has 4 of 8 images)",
+        "evaluation none",
+        "compute 2.5 GFLOP an image, forward and backward",
+        "learning rate 0.001, constant, 0 updates of warm-up",
+        "output run",
+    ]
+
+
+def test_the_plan_says_what_is_done_to_the_pictures():
+    notes = ("3 of 20 in colour are made grey", "2 are enlarged")
+    lines = plan(config_of(), notes=notes)
+    assert lines[4:6] == ["pictures 3 of 20 in colour are made grey", "2 are enlarged"]
+
+
+def test_the_plan_says_where_the_resolution_differs_from_the_models():
+    lines = plan(config_of(data__resolution=16))
+    assert lines[3] == "images 20 to train on, 0 held out; 16 x 16 (the model was made for 8 x 8), 1 channel(s)"
+
+
+def test_the_plan_says_when_the_run_is_evaluated():
+    config = config_of(training__max_train_steps=55, validation={"images": 4}, samples={"count": 2, "every_steps": 9})
+    samples = "2 samples every 9 update(s)"
+    # a tenth of 55 updates
+    assert f"evaluation validation every 5 update(s), 4 draws of the held-out images; {samples}" in plan(config, 2)
+    assert f"evaluation {samples}" in plan(config)
+
+
+def test_a_table_indents_the_further_lines_of_a_value():
+    assert table("Title", {"a": "1", "name": "2\n3"}) == "Title\n  a     1\n  name  2\n        3"
+
+
+@given(st.integers(1, 100_000))
+def test_there_are_at_least_ten_validations_whatever_the_length(total):
+    every = Length(8, 8, total).interval(None)
+    points = total // every + (total % every > 0)  # the last update is validated in any case
+    assert points >= min(total, 10)
+    assert points <= 20
+
+
+def test_an_interval_in_the_config_is_kept():
+    assert Length(8, 8, 1000).interval(7) == 7
+
+
+def test_results_name_the_best_step_of_the_exported_weights():
+    history = [
+        {"step": 0, "validation/loss": 1.0, "validation/loss_ema": 1.0},
+        {"step": 5, "validation/loss": 0.1, "validation/loss_ema": 0.5},
+        {"step": 9, "validation/loss": 0.2, "validation/loss_ema": 0.6},
+    ]
+    rows = results(history, 9, 72, 4.0, 2_500_000_000)
+    assert rows["validation loss"] == "0.60000, from 1.00000; best 0.50000 at step 5"
+    assert rows["updates"] == "9, 72 images in 4 s of training, 18.0 images/s"
+    assert rows["compute"] == "2.5 GFLOP an image, 45 GFLOP/s on all processes"
+
+
+def test_runs_are_compared_by_the_settings_of_the_config():
+    assert hyperparameters(config_of(), 8, 6) == {
+        "global_batch_size": 8,
+        "updates": 6,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "constant",
+        "snr_gamma": "null",  # not 0, which would be another setting
+        "timestep_sampling": "stratified",
+        "seed": 3,
+    }
+    assert hyperparameters(config_of(training__snr_gamma=5.0), 8, 6)["snr_gamma"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "folder"),
+    [("/data/runs/digits", "/data/runs"), ("/digits", "/digits"), ("runs/digits", "runs"), ("digits", "digits")],
+)
+def test_tensorboard_is_pointed_at_the_folder_of_all_runs(output_dir, folder):
+    assert str(curves_folder(Path(output_dir))) == folder
+
+
+def test_the_card_is_one_that_the_hub_reads():
+    card = ModelCard(model_card(config_of(), KIND, {"training loss": "0.1"}, "step-9.png"))
+    assert card.data.library_name == "diffusers"
+    assert "base_model" not in card.data.to_dict()
+    assert "| training loss | 0.1 |" in card.text
+    assert "![samples](step-9.png)" in card.text
+    assert "# run\n" in card.text
+
+
+def test_the_card_names_what_lies_on_the_hub():
+    model, source = "google/ddpm-cat-256", "huggan/smithsonian_butterflies_subset"
+    card = ModelCard(model_card(config_of(model={"pretrained": model}, data__source=source), KIND, {}, None))
+    assert card.data.base_model == model
+    assert f"Fine-tuned from `{model}` on the images of `{source}`." in card.text
+    assert recipe(card).data.source == source
+    assert "on the images of `digits`." in model_card(config_of(data__source="digits"), KIND, {}, None)
+
+
+def recipe(card: ModelCard) -> Config:
+    return Config.model_validate(plain_yaml.read(card.text.split("## Recipe\n\n```yaml\n")[1].split("```")[0]))
+
+
+def test_the_card_does_not_publish_local_paths(tmp_path, monkeypatch):
+    secret = tmp_path / "alice"
+    for folder in ("photographs", "digits-base"):
+        (secret / folder).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(secret))
+    monkeypatch.chdir(secret)
+    values = tiny_config(
+        Path("~/photographs"),
+        secret / "runs" / "digits",
+        model={"pretrained": str(secret / "digits-base")},
+        checkpoint={"resume": str(secret / "runs" / "digits" / "checkpoint-7")},
+    )
+    config = Config.model_validate(values)
+    text = model_card(config, KIND, {}, None)
+    assert "alice" not in text
+    assert "~" not in text
+    card = ModelCard(text)
+    assert "base_model" not in card.data.to_dict()
+    assert "Fine-tuned from `digits-base` on the images of a local folder." in card.text
+    saved = recipe(card)
+    assert (saved.output_dir, saved.data.source) == ("digits", "photographs")
+    assert (saved.model.pretrained, saved.checkpoint.resume) == ("digits-base", "checkpoint-7")
+    assert saved.optimizer == config.optimizer
+    # a relative path too, of a folder or of files
+    (secret / "photographs" / "a.parquet").touch()
+    for source, name in {"runs/../photographs": "photographs", "photographs/*.parquet": "*.parquet"}.items():
+        card = ModelCard(model_card(config_of(data__source=source), KIND, {}, None))
+        assert "on the images of a local folder" in card.text
+        assert recipe(card).data.source == name
+
+
+def test_an_exported_pipeline_does_not_publish_where_it_was_loaded_from(tmp_path):
+    DDPMPipeline(UNet2DModel(**UNET), DDPMScheduler()).save_pretrained(tmp_path / "alice" / "base")
+    kind = load_unconditional(config_of(model={"pretrained": str(tmp_path / "alice" / "base")}).model, None, 0)
+    save_pipeline(kind.pipeline(), tmp_path / "pipeline", "a card", [])
+    files = [file for file in (tmp_path / "pipeline").rglob("*") if file.is_file()]
+    assert len(files) == 5  # the card, the index, two configs, the weights
+    assert [file.name for file in files if b"alice" in file.read_bytes()] == []
+    assert json.loads((tmp_path / "pipeline/unet/config.json").read_text())["sample_size"] == 8
+    weights = DDPMPipeline.from_pretrained(tmp_path / "pipeline").unet.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in kind.network.state_dict().items())

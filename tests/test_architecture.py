@@ -1,0 +1,98 @@
+"""Who may import whom: folders are floors, and a module imports from lower floors or from its own folder only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from harness.configs import ROOT
+
+FLOORS = {"core": 1, "config": 2, "models": 3, "training": 3, "data": 3, "evaluation": 4, "run": 5}
+PACKAGE = "finetune"
+
+
+def imported(file):
+    """The modules that a file imports, wherever in it: `from finetune.run import run` is finetune.run and .run.run."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def forbidden(folder):
+    """Imports of a package's files that go up a floor, sideways between folders of one floor, or out to train.py."""
+    found = set()
+    for file in folder.rglob("*.py"):
+        own, *_ = file.relative_to(folder).parts
+        for module in imported(file):
+            first, *rest = module.split(".")
+            upwards = first == PACKAGE and rest and own != rest[0] and FLOORS.get(rest[0], 9) >= FLOORS.get(own, 0)
+            if upwards or first == "train":
+                found.add(f"{own} imports {first if first == 'train' else rest[0]}")
+    return found
+
+
+def test_every_folder_of_the_package_has_a_floor():
+    folders = {file.parent.name for file in (ROOT / PACKAGE).rglob("*.py")} - {PACKAGE}
+    assert folders == set(FLOORS)
+    modules = {file.relative_to(ROOT / PACKAGE).as_posix() for file in (ROOT / PACKAGE).rglob("*.py")}
+    assert {module.count("/") for module in modules - {"__init__.py"}} == {1}
+    # One room of each floor, as DESIGN.md names them: the search has found the files that it is about.
+    rooms = ["core/batch", "config/schema", "models/unconditional", "training/memory", "data/order"]
+    assert {f"{room}.py" for room in (*rooms, "evaluation/validation", "run/checkpoint")} <= modules
+
+
+def test_no_module_imports_upwards_or_sideways():
+    assert forbidden(ROOT / PACKAGE) == set()
+
+
+def test_config_does_not_load_torch():
+    libraries = {module.split(".")[0] for file in (ROOT / PACKAGE / "config").glob("*.py") for module in imported(file)}
+    assert libraries & {"torch", "accelerate", "diffusers"} == set()
+    assert "pydantic" in libraries
+
+
+def reads_of_a_networks_config(file):
+    """Expressions like `unet.config`, except where `from_config` makes another such network of it."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    copies = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("from_config")]
+    allowed = [argument for copy in copies for argument in copy.args]
+    configs = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "config"]
+    return [
+        ast.unparse(node)
+        for node in configs
+        if node not in allowed and ast.unparse(node.value).split(".")[-1] in ("network", "unet", "bare_unet")
+    ]
+
+
+def test_only_models_read_the_config_of_a_network():
+    """A latent model's 4 input channels are not a picture's: what the data has to know is the kind's `image_format`."""
+    files = [*(ROOT / PACKAGE).rglob("*.py"), ROOT / "train.py"]
+    readers = {file.parent.name for file in files if reads_of_a_networks_config(file)}
+    assert readers == {"models"}
+
+
+@pytest.mark.parametrize(
+    ("room", "line", "found"),
+    [
+        ("core/files.py", "from finetune.config.schema import Config", "core imports config"),
+        ("data/batches.py", "from finetune.models.hub import push", "data imports models"),
+        ("training/memory.py", "import finetune.data.order", "training imports data"),
+        ("models/ema.py", "from finetune import training", "models imports training"),
+        ("evaluation/rounds.py", "def late():\n    from finetune.run.run import Run", "evaluation imports run"),
+        ("run/state.py", "import train", "run imports train"),
+        ("core/files.py", "from finetune.lobby import desk", "core imports lobby"),
+    ],
+)
+def test_a_forbidden_import_is_found(tmp_path, room, line, found):
+    for allowed in ("core/errors.py", "run/run.py"):
+        (tmp_path / allowed).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "core/errors.py").write_text("import os\nfrom finetune.core.batch import BatchLayout\n")
+    (tmp_path / "run/run.py").write_text("from finetune.evaluation import pictures\nfrom finetune.run import folder\n")
+    assert forbidden(tmp_path) == set()
+    Path(tmp_path / room).parent.mkdir(exist_ok=True)
+    (tmp_path / room).write_text(f"{line}\n")
+    assert forbidden(tmp_path) == {found}

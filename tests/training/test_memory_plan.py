@@ -1,0 +1,148 @@
+"""The memory that `--check` announces: measured in a trial update, near what a run takes, an error if too much."""
+
+import re
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+
+from finetune.core.batch import BatchLayout
+from finetune.models.unconditional import Unconditional
+from finetune.run.run import Run
+from finetune.training import host_memory, memory
+from finetune.training.memory import memory_plan, state_bytes
+from finetune.training.trial_pass import activation_bytes
+from harness.configs import UNET, tiny_config, write_config, write_pictures
+from harness.faults import at_call, limit_images, skip_the_export
+from harness.processes import finish, run
+
+LARGER = {**UNET, "sample_size": 32, "block_out_channels": [16, 16]}  # activations: 2.6 MB an image, weights: 0.3 MB
+
+
+HEAVIER = {**UNET, "block_out_channels": [128, 128]}  # activations: 1.3 MB an image, weights: 17 MB
+
+
+def unconditional(config):
+    return Unconditional(UNet2DModel(**config).train(), DDPMScheduler())
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """The config of a run whose micro-batch of 64 takes most of the memory that a process has beyond its libraries."""
+    base = tmp_path_factory.mktemp("larger")
+    config = tiny_config(
+        write_pictures(base / "pictures", 64, (32, 32)),
+        base / "run",
+        model={"unet": LARGER},
+        training={"micro_batch_size": 64, "global_batch_size": 64, "num_epochs": 2},
+    )
+    return write_config(base / "config.yaml", config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unet", "size", "micro"), [(LARGER, 32, 64), (HEAVIER, 8, 2)], ids=["mostly activations", "mostly weights"]
+)
+def test_the_plan_is_within_15_percent_of_what_a_run_takes(tmp_path, unet, size, micro):
+    """Of what both take beyond the forked process that they start as: whole ones are in tests/benchmarks/memory.py."""
+    config = tiny_config(
+        write_pictures(tmp_path / "pictures", 64, (size, size)),
+        tmp_path / "run",
+        model={"unet": unet},
+        training={"micro_batch_size": micro, "gradient_accumulation_steps": 1, "max_train_steps": 10},
+    )
+    command = ("--config", write_config(tmp_path / "config.yaml", config))
+    start, peak = tmp_path / "start", tmp_path / "peak"
+
+    def before():
+        skip_the_export()
+        start.write_text(str(host_memory.resident_memory()))
+        at_call(Run, "finish", 1, lambda: peak.write_text(str(host_memory.peak_memory())), after=True)
+
+    printed = finish(*command, "--check", folder=tmp_path, before=before).stdout
+    total = float(re.search(r"^Memory: about (\d+) MB a process at its peak, ", printed, re.MULTILINE)[1])
+    planned = 1e6 * total - int(start.read_text())
+    finish(*command, folder=tmp_path, before=before)
+    taken = int(peak.read_text()) - int(start.read_text())
+    kind = unconditional(unet)
+    assert taken > state_bytes(kind, averaged=True) + micro * activation_bytes(kind)
+    assert planned == pytest.approx(taken, rel=0.15)
+
+
+OVERRIDES = ("training.micro_batch_size=32", "training.gradient_accumulation_steps=2")
+TOO_LARGE = "training.micro_batch_size: a trial update with 64 does not fit into the memory of cpu"
+
+
+def test_a_plan_that_runs_out_of_memory_names_overrides_that_do_not(larger, tmp_path):
+    command = ("--config", larger, "--check", f"output_dir={tmp_path / 'run'}")
+    limited = {"folder": tmp_path, "before": lambda: limit_images(lambda count: count > 32)}
+    refused = run(*command, **limited)
+    assert refused.returncode == 2
+    assert refused.error == f"{TOO_LARGE}; set {' '.join(OVERRIDES)}, which keeps the global batch"
+    assert "with micro-batches of 32; " in finish(*command, *OVERRIDES, **limited).stdout
+
+
+def test_a_plan_of_more_memory_than_is_free_is_not_tried(larger, tmp_path):
+    """An image takes more than its activations, which alone would fit by a small margin."""
+    free, tried = 64 * activation_bytes(unconditional(LARGER)) + 5 * 10**6, tmp_path / "tried"
+
+    def before():
+        memory.free_memory = lambda: free
+        limit_images(lambda count: tried.write_text(str(count)) and False)
+
+    refused = run("--config", larger, "--check", f"output_dir={tmp_path / 'run'}", folder=tmp_path, before=before)
+    assert refused.returncode == 2
+    found = re.fullmatch(
+        rf"{TOO_LARGE}: expected about (\d+) MB beside the network, found {free / 1e6:.0f} MB free; set .*",
+        refused.error,
+    )
+    assert int(found[1]) * 1e6 > free
+    assert tried.read_text() == "1"
+
+
+def test_single_images_that_do_not_fit_are_advised_to_need_less(larger, tmp_path):
+    sizes = "training.micro_batch_size=1", "training.gradient_accumulation_steps=64"
+    limited = {"folder": tmp_path, "before": lambda: limit_images(lambda count: True)}
+    refused = run("--config", larger, "--check", f"output_dir={tmp_path / 'run'}", *sizes, **limited)
+    assert refused.returncode == 2
+    assert refused.error.endswith(
+        "cpu; use a smaller data.resolution, model.gradient_checkpointing, or mixed precision"
+    )
+
+
+def test_on_a_gpu_the_plan_is_what_the_trial_update_reserved(monkeypatch):
+    """The order of the calls, with the device's counters replaced: reset before the trial, read after it."""
+    calls = []
+    names = ("empty_cache", "reset_peak_memory_stats", "max_memory_reserved")
+    for name in names:
+        monkeypatch.setattr(torch.accelerator, name, lambda *device, name=name: calls.append(name) or 123_456_789)
+    monkeypatch.setattr(UNet2DModel, "forward", UNet2DModel.forward)
+    limit_images(lambda count: calls.append(count) or False)
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), autocast=nullcontext)
+    plan = memory_plan(gpu, unconditional(UNET), BatchLayout(4, 1, 1), averaged=True)
+    assert plan.startswith("Memory: about 123 MB of cuda memory a process at its peak, measured in a trial update ")
+    trial = calls[: calls.index("max_memory_reserved")]
+    assert trial == ["empty_cache", "reset_peak_memory_stats", 1, 1, 4, 4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_plan_of_a_gpu_is_near_what_updates_reserve():
+    accelerator, kind = Accelerator(), unconditional(LARGER)
+    kind.network.to(accelerator.device)
+    plan = memory_plan(accelerator, kind, BatchLayout(64, 1, 1), averaged=False)
+    planned = float(re.match(r"Memory: about (\d+) MB of cuda memory", plan)[1])
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer = torch.optim.AdamW(kind.network.parameters(), fused=True)
+    for _ in range(20):
+        images = torch.randn(64, 1, 32, 32, device=accelerator.device)
+        kind.network(
+            images, torch.zeros(64, dtype=torch.long, device=accelerator.device)
+        ).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert planned * 1e6 == pytest.approx(torch.cuda.max_memory_reserved(), rel=0.15)

@@ -1,0 +1,175 @@
+"""Layers that depend on the batch layout are named at the start, and wrong compiled gradients are not trained on."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DynamoBackend
+from torch import nn
+from torch._inductor import config as inductor
+
+from finetune.config.schema import ModelConfig
+from finetune.core.errors import UserError
+from finetune.models import unconditional
+from finetune.models.unconditional import load_unconditional
+from finetune.training.soundness import check_compiled, layout_dependent_layers
+from harness.compare import relative_difference, weights
+from harness.configs import ROOT, UNET, tiny_config, write_config, write_pictures
+from harness.faults import skip_the_export
+from harness.processes import finish, start
+
+NOTE = "Note: the result of this run depends on its batch layout"
+STEPS = 2
+
+
+def test_an_ordinary_network_has_no_such_layers():
+    assert layout_dependent_layers(load_unconditional(ModelConfig(unet=UNET), None, 0).network) == []
+
+
+def test_dropout_is_found_in_every_block():
+    # one in each of the resnets: 2 x 1 on the way down, 2 in the middle, 2 x 2 on the way up
+    unet = load_unconditional(ModelConfig(unet={**UNET, "dropout": 0.1}), None, 0).network
+    found = layout_dependent_layers(unet)
+    assert found[0] == "down_blocks.0.resnets.0.dropout (Dropout)"
+    assert len(found) == 8
+    assert all(layer.endswith("dropout (Dropout)") for layer in found)
+
+
+def test_normalisation_over_the_batch_is_found_and_other_normalisation_is_not():
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.GroupNorm(1, 1), nn.InstanceNorm2d(1))
+    assert layout_dependent_layers(network) == ["1 (BatchNorm2d)"]
+
+
+def normalise_over_the_batch() -> None:
+    """The network's own layers, but the last normalisation is one over the batch."""
+    build = unconditional.build_unet
+
+    def built(*arguments):
+        unet = build(*arguments)
+        unet.conv_norm_out = nn.BatchNorm2d(8)
+        return unet
+
+    unconditional.build_unet = built
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unet", "change", "layers"),
+    [
+        ({}, lambda: None, None),
+        ({"dropout": 0.1}, lambda: None, "(Dropout) and 5 more"),
+        ({}, normalise_over_the_batch, ": conv_norm_out (BatchNorm2d)"),
+    ],
+    ids=["ordinary", "dropout", "batch normalisation"],
+)
+def test_the_note_is_printed_where_two_layouts_differ_and_nowhere_else(tmp_path, unet, change, layers):
+    pictures = write_pictures(tmp_path / "pictures", 8)
+
+    def before():
+        change()
+        skip_the_export()
+
+    for micro in (4, 2):
+        batch = {"global_batch_size": 4, "micro_batch_size": micro, "num_epochs": 1}
+        config = tiny_config(pictures, tmp_path / str(micro), model__unet=UNET | unet, training=batch)
+        file = write_config(tmp_path / "config.yaml", config)
+        printed = finish("--config", file, folder=tmp_path, before=before).stdout.splitlines()
+        notes = [line for line in printed if line.startswith(NOTE)]
+        assert len(notes) == (layers is not None)
+        assert layers is None or notes[0].endswith(layers)
+    apart = relative_difference(weights(tmp_path / "4", STEPS), weights(tmp_path / "2", STEPS))
+    assert (apart > 1e-4) == (layers is not None)
+
+
+class Compiled(nn.Module):
+    """A network whose gradients are off by a factor, as compiled ones might be."""
+
+    def __init__(self, network, factor):
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def forward(self, *arguments):
+        output = self.network(*arguments)
+        output.sample.register_hook(lambda gradient: gradient * self.factor())
+        return output
+
+
+def check(factor=lambda: 1.0, backend=DynamoBackend.INDUCTOR, unet=UNET):
+    """What is printed about a network whose compiled gradients are off by a factor."""
+    kind = load_unconditional(ModelConfig(unet=unet), None, 0)
+    printed = []
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend))
+    accelerator = SimpleNamespace(state=state, device=torch.device("cpu"), print=printed.append)
+    check_compiled(accelerator, Compiled(kind.network, factor), kind, 4)
+    assert kind.network.training
+    assert all(weight.grad is None for weight in kind.trainable().values())
+    return printed
+
+
+@pytest.fixture
+def _layout_optimization():
+    with inductor.patch(layout_optimization=True):
+        yield
+
+
+def test_without_compilation_nothing_is_compared():
+    assert check(backend=DynamoBackend.NO) == []
+
+
+@pytest.mark.parametrize("unet", [UNET, {**UNET, "dropout": 0.5}], ids=["ordinary", "dropout"])
+def test_right_compiled_gradients_are_accepted(unet):
+    (line,) = check(unet=unet)
+    compiled, plain = (float(word) for word in line.replace(",", "").split() if "e-" in word)
+    assert compiled == plain < 2e-6  # a few dozen roundings of 2^-24, one a layer
+
+
+@pytest.mark.usefixtures("_layout_optimization")
+def test_compiled_gradients_within_rounding_are_accepted():
+    # those of the uncompiled network are about 5e-7 off, and ten times as much is accepted
+    assert len(check(lambda: 1 + 2e-6)) == 1
+
+
+@pytest.mark.usefixtures("_layout_optimization")
+def test_wrong_compiled_gradients_are_refused():
+    with pytest.raises(UserError) as failure:
+        check(lambda: 1 + 1e-4)
+    (problem,) = failure.value.problems
+    assert problem.startswith("launch: --dynamo_backend inductor: found compiled gradients 1.0e-04 from the exact ones")
+    assert problem.endswith("set --dynamo_backend no")
+
+
+@pytest.mark.usefixtures("_layout_optimization")
+def test_the_setting_that_cures_inductor_is_made_and_printed():
+    note, result = check(lambda: 1.3 if inductor.layout_optimization else 1.0)
+    assert note.startswith("Note: compiled gradients were 3.0e-01 from the exact ones")
+    assert note.endswith("torch._inductor.config.layout_optimization is turned off")
+    assert result.startswith("Compiled gradients are ")
+    assert not inductor.layout_optimization
+
+
+@pytest.mark.usefixtures("_layout_optimization")
+def test_no_setting_of_inductor_is_made_for_another_compiler():
+    with pytest.raises(UserError, match="--dynamo_backend aot_eager: found"):
+        check(lambda: 1.3, backend=DynamoBackend.AOT_EAGER)
+    assert inductor.layout_optimization
+
+
+@pytest.mark.slow
+def test_digits_compiled_by_inductor_train_to_the_uncompiled_weights(tmp_path):
+    """Without the check, three updates end 2.6e-2 apart on a CPU."""
+
+    def updates(name, **environment):
+        folder = tmp_path / name
+        overrides = [f"output_dir={folder}", "training.max_train_steps=3", "samples.count=0", "logging.tracker=null"]
+        overrides += [f"model.pretrained={ROOT}/configs/digits-base", "training.micro_batch_size=4"]
+        overrides += ["training.global_batch_size=8", "data.validation_fraction=0"]
+        config = ROOT / "configs/digits.yaml"
+        run = start("--config", config, *overrides, folder=tmp_path, before=skip_the_export, **environment)
+        outcome = run.wait(1200)
+        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        return weights(folder, 3), outcome.stdout
+
+    plain, _ = updates("plain")
+    compiled, printed = updates("compiled", ACCELERATE_DYNAMO_BACKEND="INDUCTOR")
+    assert "Compiled gradients are " in printed
+    assert relative_difference(plain, compiled) < 1e-4
