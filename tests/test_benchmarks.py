@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from harness.configs import ROOT
+from harness.simulated_losses import FALLS
 
 PASSES = [
     f"{how} decoding, cores: {cores}" for how in ("full", "reduced") for cores in (1, len(os.sched_getaffinity(0)))
@@ -46,6 +47,9 @@ ROWS = {  # command -> the first cell of each row that it prints
         *("uniform", "stratified"),
         *("4", "8", "16", "64"),
         *("from step to step", "around its mean"),
+        *FALLS,
+        *("digits, from the base, 6 updates", "from scratch, 6 updates"),
+        *("64", "16384"),
     ],
     "memory --short": [
         *("configs/digits.yaml, micro-batch of 16", "64 px, micro-batch of 2", "mostly weights"),

@@ -1,11 +1,13 @@
 """How readable the loss is: what stratified timesteps, bigger windows and smoothing do to its noise, in numbers.
 
-python tests/benchmarks/loss_signal.py            # about three minutes on two CPU cores
+python tests/benchmarks/loss_signal.py            # about eight minutes on two CPU cores
 python tests/benchmarks/loss_signal.py --short    # the smallest sizes: does it run
 
-All on the digits of configs/digits.yaml: at fixed weights (those of the base), and over real fine-tunings.
+On the digits of configs/digits.yaml, at fixed weights (those of the base) and over real trainings, and on simulated
+losses whose true mean is known.
 """
 
+import time
 from pathlib import Path
 
 from environment import FOLDER, ROOT, machine, parser
@@ -21,10 +23,13 @@ from finetune.data.loading import load_data
 from finetune.data.order import WindowSampler
 from finetune.models.unconditional import load_unconditional
 from finetune.run.summary import curve
+from finetune.training.metrics import Meters
 from finetune.training.objective import loss_per_image
 from finetune.training.smoothing import SmoothedLoss
 from harness.compare import history
 from harness.processes import finish
+from harness.simulated_losses import FALLS, simulate
+from harness.trend_estimators import ESTIMATORS
 
 DIGITS = ROOT / "configs/digits.yaml"
 PHASES = ("data", "compute", "update", "logging")
@@ -89,10 +94,93 @@ def smoothed_against_raw(windows: int) -> None:
         row(name, f"{raw:.5f}", f"{smooth:.5f}", float(smooth / raw), limit)
 
 
+def compared(raw: np.ndarray, smoothed: np.ndarray, truth: np.ndarray) -> str:
+    """The largest deviation of a smoothed curve from the true one, in standard deviations of the raw one, and its own
+    step-to-step deviation over the raw one's in the last two thirds, both measured from the true curve."""
+    raw, smoothed = raw / truth - 1, smoothed / truth - 1
+    steps = [np.diff(values[len(values) // 3 :]).std() for values in (smoothed, raw)]
+    return f"{np.abs(smoothed).max() / raw.std():.1f}, {steps[0] / steps[1]:.2f}"
+
+
+def estimators_on_simulated_falls() -> None:
+    """The same windows of 64 images for all of them."""
+    head("largest deviation from the truth, share of the step-to-step deviation: fall", *ESTIMATORS)
+    for fall in FALLS:
+        simulated = list(simulate(fall, 64, 0))
+        levels = np.array([window.level for window in simulated])
+        row(fall, *compared_on([(window.losses, window.timesteps) for window in simulated], levels))
+
+
+def compared_on(windows: list[tuple[np.ndarray, np.ndarray]], truth: np.ndarray) -> list[str]:
+    """What each estimator makes of (losses, timesteps)."""
+    raw = np.array([losses.mean() for losses, _ in windows])
+    curves = []
+    for estimator in ESTIMATORS.values():
+        smoothed = SmoothedLoss(estimator())
+        curves.append(np.array([smoothed.add(losses, timesteps, 1000) for losses, timesteps in windows]))
+    return [compared(raw, curve, truth) for curve in curves]
+
+
+def local_mean(windows: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The geometric mean of the raw curve over nine updates around each; over fewer at the ends, as many before as
+    after."""
+    raw = np.array([losses.mean() for losses, _ in windows])
+    widths = [min(4, index, len(raw) - 1 - index) for index in range(len(raw))]
+    return np.exp([np.log(raw[i - width : i + width + 1]).mean() for i, width in enumerate(widths)])
+
+
+def record(folder: Path, config: str, updates: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(losses, timesteps) of every update of a run."""
+
+    def watch() -> None:
+        add, kept = Meters.add_window, []
+
+        def recording(meters, result, timesteps, *rest, **options):
+            kept.append((result.losses, timesteps))
+            np.savez(folder / "windows.npz", *(array for pair in kept for array in pair))
+            return add(meters, result, timesteps, *rest, **options)
+
+        Meters.add_window = recording
+
+    options = ["samples.count=0", "validation.every_steps=1000000", f"training.max_train_steps={updates}"]
+    options += [f"model.pretrained={ROOT / 'configs/digits-base'}"] if "base" not in config else []
+    folder.mkdir(parents=True)
+    finish(
+        "--config", ROOT / config, f"output_dir={folder}", *options, folder=folder / "log", before=watch, seconds=1200
+    )
+    with np.load(folder / "windows.npz") as arrays:
+        return [(arrays[f"arr_{2 * i}"], arrays[f"arr_{2 * i + 1}"]) for i in range(updates)]
+
+
+def estimators_on_digits(base: Path, updates: int) -> None:
+    """Real runs in windows of 64, against the local mean of their raw curves, which has a third of the raw noise."""
+    head("largest deviation from the local mean, share of the step-to-step deviation", *ESTIMATORS)
+    for title, config in (
+        ("digits, from the base", "configs/digits.yaml"),
+        ("from scratch", "configs/digits-base.yaml"),
+    ):
+        windows = record(base / Path(config).stem, config, updates)
+        row(f"{title}, {updates} updates", *compared_on(windows, local_mean(windows)))
+
+
+def cost_of_smoothing() -> None:
+    """Of one window, the fastest of several rounds."""
+    head("images in a window", "microseconds", "limit")
+    for images, limit in ((64, 100), (16384, 1000)):
+        rng, smoothed, fastest = np.random.default_rng(0), SmoothedLoss(), float("inf")
+        losses, timesteps = rng.gamma(4, size=(20, images)), rng.integers(0, 1000, (20, images))
+        for _ in range(10):
+            start = time.perf_counter()
+            for window in zip(losses, timesteps, strict=True):
+                smoothed.add(*window, 1000)
+            fastest = min(fastest, (time.perf_counter() - start) / 20)
+        row(str(images), f"{1e6 * fastest:.0f}", str(limit))
+
+
 def fine_tune(folder: Path, *overrides: str) -> list[dict]:
     """The history of a run of configs/digits.yaml."""
     options = [*OVERRIDES, f"output_dir={folder}", "samples.count=0", *overrides]
-    finish("--config", DIGITS, *options, folder=folder.with_suffix(".log"))
+    finish("--config", DIGITS, *options, folder=folder.with_suffix(".log"), seconds=1200)
     return history(folder)
 
 
@@ -151,6 +239,9 @@ def main() -> None:
     noise_scale(base, 2 if short else 200)
     stratified_against_uniform(4 if short else 120)
     smoothed_against_raw(12 if short else 240)
+    estimators_on_simulated_falls()
+    estimators_on_digits(base, 6 if short else 182)
+    cost_of_smoothing()
 
 
 if __name__ == "__main__":

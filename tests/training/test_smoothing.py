@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from finetune.training.metrics import Meters
 from finetune.training.smoothing import SmoothedLoss, Trend
 from harness.simulated_losses import FALLS, UPDATES, simulate
+from harness.trend_estimators import DebiasedMean
 
 
 def curves(fall: str, images: int, smoothed: SmoothedLoss, seed: int = 0, **options: str) -> np.ndarray:
@@ -19,15 +20,6 @@ def curves(fall: str, images: int, smoothed: SmoothedLoss, seed: int = 0, **opti
     for losses, timesteps, level in simulate(fall, images, seed, **options):
         points.append((losses.mean() / level - 1, smoothed.add(losses, timesteps, 1000) / level - 1))
     return np.array(points).T
-
-
-class DebiasedMean(Trend):
-    """An exponential mean with a bias-corrected start: what `Trend` has to beat."""
-
-    def add(self, estimate: float, variance: float) -> float:
-        self.updates += 1
-        self.level += max(1 / self.updates, 0.1) * (estimate - self.level)
-        return self.level
 
 
 @pytest.mark.parametrize("noise_levels", ["v_prediction", "epsilon"])
