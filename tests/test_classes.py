@@ -169,6 +169,17 @@ def test_pictures_without_classes_are_refused(tmp_path):
     assert "data.label_column: found no column 'label' of labels in" in outcome.error
 
 
+def test_a_class_that_is_only_held_out_is_refused(tmp_path):
+    """Of 19 pictures in three classes one is left to train on."""
+    pictures = write_pictures(tmp_path / "pictures", 19, kind="classes")
+    config = class_config(pictures, tmp_path / "run", data__validation_fraction=0.99)
+    outcome = run("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path)
+    assert outcome.returncode == 2
+    assert outcome.error.startswith("data.validation_fraction: found the classes ")
+    assert "among the images held out and not among those to train on" in outcome.error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_picture_without_a_label_is_named(tmp_path):
     write_pictures(tmp_path / "pictures", 4)
     rows = [{"file_name": f"{index:04}.png", "label": None if index == 2 else "cat"} for index in range(4)]

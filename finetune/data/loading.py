@@ -46,16 +46,19 @@ def load_data(
     images = _load(source, config, config.split, "data.split", image_format, labelled)
     if config.validation_split is not None:
         held = _load(source, config, config.validation_split, "data.validation_split", image_format, labelled)
-        if labelled and (unknown := [name for name in held.class_names if name not in images.class_names]):
-            raise UserError(
-                f"data.validation_split: found the classes {', '.join(unknown[:10])} in {config.validation_split!r}, "
-                f"which {config.split!r} does not have; expected the same classes in both"
-            )
-        return images, held
-    chosen = held_out(seed, len(images), config.validation_fraction)
-    if not len(chosen):
-        return images, None
-    return images.select(np.delete(np.arange(len(images)), chosen)), images.select(chosen)
+        key = "data.validation_split"
+    else:
+        chosen = held_out(seed, len(images), config.validation_fraction)
+        if not len(chosen):
+            return images, None
+        images, held = images.select(np.delete(np.arange(len(images)), chosen)), images.select(chosen)
+        key = "data.validation_fraction"
+    if labelled and (unknown := [name for name in held.class_names if name not in images.class_names]):
+        raise UserError(
+            f"{key}: found the classes {', '.join(unknown[:10])} among the images held out and not among those to "
+            "train on; add images of them, leave them out with data.labels, or hold out others"
+        )
+    return images, held
 
 
 def _load(

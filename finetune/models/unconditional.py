@@ -8,6 +8,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError, first_line
+from finetune.core.failures import is_out_of_memory
 from finetune.core.kind import Batch, ImageFormat
 from finetune.models.noise_schedulers import build_noise_scheduler
 from finetune.models.unet import build_unet, check_unet, own_resolution, pretrained_unet, training_resolution
@@ -109,6 +110,7 @@ def load_unconditional(config: ModelConfig, resolution: int | None, seed: int) -
         unet.enable_gradient_checkpointing()
     kind = Unconditional(unet.train(), noise_scheduler, made_for, class_names)
     _check_forward(kind)
+    _check_finite(kind)
     return kind
 
 
@@ -127,3 +129,26 @@ def _check_forward(kind: Unconditional) -> None:
             raise UserError(f"{problem}: {first_line(error)}") from error
     if output.shape != clean.shape:
         raise UserError(f"{problem}: it maps {tuple(clean.shape)} to {tuple(output.shape)}")
+
+
+@torch.no_grad()
+def _check_finite(kind: Unconditional) -> None:
+    """Some settings divide by zero, and weights may be damaged; tried at the first and the last timestep on images of
+    the fewest pixels that leave two a side at the lowest resolution."""
+    network, last = kind.network.eval(), kind.noise_scheduler.config.num_train_timesteps - 1
+    channels, resolution = kind.image_format
+    side = min(resolution, 2 ** len(network.config.block_out_channels))
+    conditions = {} if network.class_embedding is None else {"class_labels": torch.zeros(2, dtype=torch.long)}
+    try:
+        output = network(torch.zeros(2, channels, side, side), torch.tensor([0, last]), **conditions).sample
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return  # the memory plan has better advice
+    finally:
+        network.train()
+    if not output.isfinite().all():
+        raise UserError(
+            f"model: the network's prediction is not finite at timestep 0 or {last}, before any training; expected "
+            "finite weights, and settings that do not divide by zero (freq_shift, mid_block_scale_factor, norm_eps)"
+        )

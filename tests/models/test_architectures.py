@@ -48,6 +48,7 @@ TRAINED = {
 
 NOT_BUILT = "model.unet: UNet2DModel cannot be built from it: "
 NOT_RUN = "model: a UNet2DModel of this config cannot denoise images of 8 x 8 pixels: "
+NOT_FINITE = f"model: the network's prediction is not finite at timestep 0 or {TIMESTEPS - 1}, before any training"
 REFUSED = {
     "fourier": ({"time_embedding_type": "fourier"}, "model.unet.time_embedding_type: found fourier"),
     "learned, of no number": ({"time_embedding_type": "learned"}, NOT_BUILT),
@@ -55,6 +56,10 @@ REFUSED = {
         {"time_embedding_type": "learned", "num_train_timesteps": TIMESTEPS - 1},
         "model.unet.num_train_timesteps: found 49 learned embeddings; expected at least 50",
     ),
+    # half of the first 32 channels is 16: the frequencies' exponents are divided by 16 - freq_shift
+    "frequencies divided by zero": ({"freq_shift": 16}, NOT_FINITE),
+    "a middle divided by zero": ({"mid_block_scale_factor": 0}, NOT_FINITE),
+    "a root of a negative variance": ({"norm_eps": -1.0}, NOT_FINITE),
     "embedding unknown": ({"time_embedding_type": "nonsense"}, NOT_BUILT),
     "ada_group": ({"resnet_time_scale_shift": "ada_group"}, NOT_BUILT),
     "spatial": ({"resnet_time_scale_shift": "spatial"}, NOT_BUILT),

@@ -236,3 +236,13 @@ def test_a_folder_without_a_valid_pipeline_is_refused(celebahq, tmp_path, damage
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused():
     with pytest.raises(UserError, match="'nobody/nothing' is not a local folder, and the download failed"):
         load(pretrained="nobody/nothing")
+
+
+def test_a_pipeline_with_a_weight_that_is_not_finite_is_refused(celebahq, tmp_path):
+    shutil.copytree(celebahq[0] / "safetensors", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["mid_block.resnets.0.conv1.bias"][0] = torch.nan
+    save_file(weights, file)
+    with pytest.raises(UserError, match="the network's prediction is not finite at timestep 0 or 999, before any"):
+        load(pretrained=str(tmp_path))
