@@ -16,9 +16,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import matplotlib.backends.backend_agg  # noqa: F401 - imported here so that no fork needs to
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -26,6 +27,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 import train  # noqa: F401 - imported here so that no fork needs to
 from harness.configs import ROOT
 
+T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -198,6 +200,16 @@ def start_command(*command: str | Path, **environment: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+
+
+def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function of a module returns or raises in a new interpreter.
+
+    A fork can use what the tests before it have freed in this one's heap: too little memory would then be measured of
+    it, and a limit would come too late.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen | None = None, seconds: float = 200) -> Any:

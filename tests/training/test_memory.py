@@ -22,7 +22,7 @@ from harness import faults
 from harness.compare import differences
 from harness.configs import UNET, tiny_config, write_config, write_pictures
 from harness.faults import at_call, limit_images, skip_the_export
-from harness.processes import finish, forget_processes, run, run_two
+from harness.processes import finish, forget_processes, in_new_process, run, run_two
 
 LARGER = {**UNET, "sample_size": 32, "block_out_channels": [16, 16]}  # activations: 2.6 MB an image, weights: 0.3 MB
 FLOAT32 = 1e-5
@@ -184,26 +184,30 @@ def limit_address_space(images):
     at_call(ema, "make_ema", 1, limit, after=True)
 
 
-@pytest.mark.slow
-def test_under_a_real_limit_auto_finishes_the_run_that_micro_batches_of_64_cannot(tmp_path):
+def run_within_the_limit(folder):
+    """A run of micro-batches of 64 and one of `auto`, beside one without a limit."""
     config = tiny_config(
-        write_pictures(tmp_path / "pictures", 64, (32, 32)),
-        tmp_path / "run",
+        write_pictures(folder / "pictures", 64, (32, 32)),
+        folder / "run",
         model={"unet": LARGER},
         training={"micro_batch_size": 64, "global_batch_size": 64, "num_epochs": 2},
     )
-    command = ("--config", write_config(tmp_path / "config.yaml", config))
-    finish(*command, f"output_dir={tmp_path / 'unlimited'}", folder=tmp_path, before=skip_the_export)
+    command = ("--config", write_config(folder / "config.yaml", config))
+    finish(*command, f"output_dir={folder / 'unlimited'}", folder=folder, before=skip_the_export)
+    limited = {"folder": folder, "before": lambda: limit_address_space(32)}
+    died = run(*command, f"output_dir={folder / 'died'}", **limited)
+    return died, finish(*command, f"output_dir={folder / 'auto'}", "training.micro_batch_size=auto", **limited)
 
-    limited = {"folder": tmp_path, "before": lambda: limit_address_space(32)}
-    died = run(*command, f"output_dir={tmp_path / 'died'}", **limited)
+
+@pytest.mark.slow
+def test_under_a_real_limit_auto_finishes_the_run_that_micro_batches_of_64_cannot(tmp_path):
+    died, done = in_new_process(run_within_the_limit, tmp_path)
     assert died.returncode == 1
     assert died.error.startswith(
         "training.micro_batch_size: out of memory with 64 at step 1; set training.micro_batch_size=32 "
         "training.gradient_accumulation_steps=2, which keeps the global batch, "
     )
 
-    done = finish(*command, f"output_dir={tmp_path / 'auto'}", "training.micro_batch_size=auto", **limited)
     # 1.5 x 32 images fit, and 64 do not; what the kernels need beside the activations may cost another halving.
     assert re.search(r"64 = (\d+) per micro-batch", done.stdout)[1] in ("32", "16")
     assert max(differences(tmp_path / "unlimited", tmp_path / "auto", 2).values()) < FLOAT32

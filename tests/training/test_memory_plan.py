@@ -17,7 +17,7 @@ from finetune.training.memory import memory_plan, state_bytes
 from finetune.training.trial_pass import activation_bytes
 from harness.configs import UNET, tiny_config, write_config, write_pictures
 from harness.faults import at_call, limit_images, skip_the_export
-from harness.processes import finish, run
+from harness.processes import finish, in_new_process, run
 
 LARGER = {**UNET, "sample_size": 32, "block_out_channels": [16, 16]}  # activations: 2.6 MB an image, weights: 0.3 MB
 
@@ -42,31 +42,36 @@ def larger(tmp_path_factory):
     return write_config(base / "config.yaml", config)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("unet", "size", "micro"), [(LARGER, 32, 64), (HEAVIER, 8, 2)], ids=["mostly activations", "mostly weights"]
-)
-def test_the_plan_is_within_15_percent_of_what_a_run_takes(tmp_path, unet, size, micro):
-    """Of what both take beyond the forked process that they start as: whole ones are in tests/benchmarks/memory.py."""
+def planned_and_taken(folder, unet, size, micro):
+    """Bytes that `--check` announces, and that the run takes, beyond the forked process that both start as."""
     config = tiny_config(
-        write_pictures(tmp_path / "pictures", 64, (size, size)),
-        tmp_path / "run",
+        write_pictures(folder / "pictures", 64, (size, size)),
+        folder / "run",
         model={"unet": unet},
         training={"micro_batch_size": micro, "gradient_accumulation_steps": 1, "max_train_steps": 10},
     )
-    command = ("--config", write_config(tmp_path / "config.yaml", config))
-    start, peak = tmp_path / "start", tmp_path / "peak"
+    command = ("--config", write_config(folder / "config.yaml", config))
+    start, peak = folder / "start", folder / "peak"
 
     def before():
         skip_the_export()
         start.write_text(str(host_memory.resident_memory()))
         at_call(Run, "finish", 1, lambda: peak.write_text(str(host_memory.peak_memory())), after=True)
 
-    printed = finish(*command, "--check", folder=tmp_path, before=before).stdout
+    printed = finish(*command, "--check", folder=folder, before=before).stdout
     total = float(re.search(r"^Memory: about (\d+) MB a process at its peak, ", printed, re.MULTILINE)[1])
     planned = 1e6 * total - int(start.read_text())
-    finish(*command, folder=tmp_path, before=before)
-    taken = int(peak.read_text()) - int(start.read_text())
+    finish(*command, folder=folder, before=before)
+    return planned, int(peak.read_text()) - int(start.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unet", "size", "micro"), [(LARGER, 32, 64), (HEAVIER, 8, 2)], ids=["mostly activations", "mostly weights"]
+)
+def test_the_plan_is_within_15_percent_of_what_a_run_takes(tmp_path, unet, size, micro):
+    """Of what both take beyond the libraries: whole processes are in tests/benchmarks/memory.py."""
+    planned, taken = in_new_process(planned_and_taken, tmp_path, unet, size, micro)
     kind = unconditional(unet)
     assert taken > state_bytes(kind, averaged=True) + micro * activation_bytes(kind)
     assert planned == pytest.approx(taken, rel=0.15)
