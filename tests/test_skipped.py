@@ -14,9 +14,9 @@ from accelerate import Accelerator
 
 from finetune.run.run import Run
 from harness.compare import differing, history, moments, weights
-from harness.configs import tiny_config, write_config, write_pictures
 from harness.faults import skip_the_export, stop_after_updates
 from harness.processes import finish, run, run_two
+from harness.undisturbed import undisturbed
 
 STEPS, RATE = 12, 1e-3  # 19 images in windows of 8: 3 updates an epoch, 4 epochs
 SCALE = 2.0**18
@@ -57,18 +57,17 @@ def skipped_updates(run_dir):
 def base(tmp_path_factory):
     """A config, and a run of it that was not disturbed."""
     base = tmp_path_factory.mktemp("base")
-    config = tiny_config(
-        write_pictures(base / "pictures", 19),
-        base / "run",
+    undisturbed(
+        base,
+        images=19,
+        before=partial(in_half_precision, base / "log"),
         training__num_epochs=4,
         optimizer__learning_rate=RATE,
         lr_scheduler={"name": "linear"},
         checkpoint={"every_steps": 1, "keep": STEPS},
         logging__tracker="tensorboard",
     )
-    file = write_config(base / "config.yaml", config)
-    done = finish("--config", file, folder=base, before=partial(in_half_precision, base / "log"))
-    assert "fp16 mixed precision" in done.stdout
+    assert any("fp16 mixed precision" in printed.read_text() for printed in base.glob("out-*"))
     return base
 
 

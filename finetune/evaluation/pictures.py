@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from finetune.core.files import atomic
-from finetune.evaluation.rounds import Pixels
+from finetune.data.pixels import Pixels
 
 _SMALLEST_TILE = 64  # pixels a side: digits of 16 pixels are shown enlarged
 _GAP = 2  # pixels between tiles

@@ -1,7 +1,8 @@
 """Distances between samples and held-out images in the features of an image model: Fréchet and kernel distance."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from transformers import AutoImageProcessor, AutoModel
 
 from finetune.config.schema import QualityConfig
 from finetune.core.errors import UserError, first_line
-from finetune.evaluation.rounds import Pixels, rounds
+from finetune.data.pixels import Pixels
+from finetune.evaluation.rounds import rounds
 
 
 class Features:
@@ -25,17 +27,28 @@ class Features:
         try:
             self.processor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
             self.model = AutoModel.from_pretrained(name).eval()
+            self.channels: int = getattr(
+                getattr(self.model.config, "vision_config", self.model.config), "num_channels", 3
+            )
+            self.width = self.of(np.zeros((1, 32, 32, 3), np.uint8)).shape[1]
         except Exception as error:  # transformers, the hub's client and safetensors each raise their own
             raise UserError(
                 f"validation.quality.features: {name!r} cannot be loaded ({first_line(error)}); expected a folder or a "
                 "hub id of an image model with its preprocessor_config.json, such as facebook/dinov2-small"
             ) from error
-        config = getattr(self.model.config, "vision_config", self.model.config)
-        self.channels: int = getattr(config, "num_channels", 3)
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """The model on a device for the block, and out of its memory while updates run."""
+        self.model.to(device)
+        try:
+            yield
+        finally:
+            self.model.to("cpu")
 
     @torch.no_grad()
-    def of(self, images: Pixels, device: torch.device) -> torch.Tensor:
-        """Pooled features of uint8 (n, H, W, C) images, float32 (n, d), on the device.
+    def of(self, images: Pixels) -> torch.Tensor:
+        """Pooled features of uint8 (n, H, W, C) images, float32 (n, width), on the model's device.
 
         Grey images are repeated for a model of colour, the channels of colour ones averaged for a model of grey, and
         alpha is left out.
@@ -46,8 +59,7 @@ class Features:
         elif images.shape[-1] == 1:
             images = images.repeat(3, axis=-1)
         inputs = self.processor(list(images), return_tensors="pt", input_data_format="channels_last")
-        pixels = inputs["pixel_values"].to(device)
-        self.model.to(device)
+        pixels = inputs["pixel_values"].to(self.model.device)
         if hasattr(self.model, "get_image_features"):
             output = self.model.get_image_features(pixel_values=pixels)
         else:
@@ -55,7 +67,6 @@ class Features:
         pooled = output if isinstance(output, torch.Tensor) else output.pooler_output
         if pooled is None:  # a model without a pooling layer: the mean over its tokens
             pooled = output.last_hidden_state.mean(1)
-        self.model.to("cpu")  # out of the accelerator's memory while updates run
         return pooled.flatten(1).float()
 
 
@@ -94,12 +105,12 @@ class Quality:
 
     def _shared(self, images: Pixels, accelerator: Accelerator, check: Callable[[], None]) -> torch.Tensor:
         """Features of all images, float32 (n, d), each computed by one process."""
-        width = self.features.of(images[:1], accelerator.device).shape[1]
-        found = torch.zeros(len(images), width, device=accelerator.device)
-        for chunk in rounds(len(images), accelerator):
-            check()
-            if chunk is not None:
-                found[chunk.start : chunk.stop] = self.features.of(images[chunk.start : chunk.stop], accelerator.device)
+        found = torch.zeros(len(images), self.features.width, device=accelerator.device)
+        with self.features.on(accelerator.device):
+            for chunk in rounds(len(images), accelerator):
+                check()
+                if chunk is not None:
+                    found[chunk.start : chunk.stop] = self.features.of(images[chunk.start : chunk.stop])
         return accelerator.reduce(found, "sum").cpu()  # each row is 0 on all processes but one
 
 

@@ -7,14 +7,12 @@ and comes out the same to the last bit, whatever the number of processes and the
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
-CHUNK = 8
+from finetune.data.pixels import Pixels
 
-Pixels = npt.NDArray[np.uint8]
+CHUNK = 8
 
 
 def rounds(count: int, accelerator: Accelerator) -> Iterator[range | None]:

@@ -10,7 +10,8 @@ from finetune.config.schema import SamplesConfig
 from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Kind
 from finetune.core.randomness import noise
-from finetune.evaluation.rounds import Pixels, as_pixels, evaluating, rounds
+from finetune.data.pixels import Pixels
+from finetune.evaluation.rounds import as_pixels, evaluating, rounds
 
 DEFAULT_ROWS = 10  # classes that are sampled where the config names none
 

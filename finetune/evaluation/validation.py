@@ -10,7 +10,8 @@ from accelerate import Accelerator
 
 from finetune.core.kind import Kind
 from finetune.core.randomness import noise
-from finetune.evaluation.rounds import CHUNK, Pixels, as_pixels, evaluating, rounds
+from finetune.data.pixels import Pixels
+from finetune.evaluation.rounds import CHUNK, as_pixels, evaluating, rounds
 from finetune.training.objective import loss_per_image, predicted_images
 
 

@@ -119,12 +119,9 @@ def _check_forward(kind: Unconditional) -> None:
     size = kind.image_format.resolution
     problem = f"model: a UNet2DModel of this config cannot denoise images of {size} x {size} pixels"
     with torch.device("meta"):
-        clean, conditions = kind.inputs(kind.example(1))
-        shapes = kind.without_memory()
-        if shapes.class_embedding is not None:  # its classes are named later
-            conditions = {"class_labels": torch.zeros(1, dtype=torch.long)}
+        clean, _ = kind.inputs(kind.example(1))
         try:
-            output = shapes(clean, torch.zeros(1, dtype=torch.long), **conditions).sample
+            output = _denoise(kind.without_memory(), clean, torch.zeros(1, dtype=torch.long))
         except Exception as error:  # whatever a block does with a tensor that it was not made for
             raise UserError(f"{problem}: {first_line(error)}") from error
     if output.shape != clean.shape:
@@ -138,9 +135,8 @@ def _check_finite(kind: Unconditional) -> None:
     network, last = kind.network.eval(), kind.noise_scheduler.config.num_train_timesteps - 1
     channels, resolution = kind.image_format
     side = min(resolution, 2 ** len(network.config.block_out_channels))
-    conditions = {} if network.class_embedding is None else {"class_labels": torch.zeros(2, dtype=torch.long)}
     try:
-        output = network(torch.zeros(2, channels, side, side), torch.tensor([0, last]), **conditions).sample
+        output = _denoise(network, torch.zeros(2, channels, side, side), torch.tensor([0, last]))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -152,3 +148,9 @@ def _check_finite(kind: Unconditional) -> None:
             f"model: the network's prediction is not finite at timestep 0 or {last}, before any training; expected "
             "finite weights, and settings that do not divide by zero (freq_shift, mid_block_scale_factor, norm_eps)"
         )
+
+
+def _denoise(network: UNet2DModel, images: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """The prediction of a network whose classes, if it has an embedding of them, are not named yet: for the first."""
+    labelled = network.class_embedding is not None
+    return network(images, timesteps, torch.zeros_like(timesteps) if labelled else None).sample

@@ -11,9 +11,9 @@ from diffusers.training_utils import EMAModel
 from finetune.config.schema import Config
 from finetune.core.kind import Kind
 from finetune.core.stopping import StopCheck
+from finetune.data.pixels import Pixels
 from finetune.evaluation import pictures
 from finetune.evaluation.quality import Quality
-from finetune.evaluation.rounds import Pixels
 from finetune.evaluation.sampling import sample, sampled_names
 from finetune.evaluation.validation import Validation
 from finetune.models.ema import averaged_weights

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import ViTConfig, ViTModel
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from finetune.config.schema import QualityConfig
 from finetune.core.errors import UserError
@@ -45,9 +45,9 @@ def test_the_global_generator_is_left_as_it_was():
 def test_grey_colour_and_transparent_images_fit_any_model(tmp_path, channels, wanted):
     features = Features(save_resnet(tmp_path, wanted))
     images = IMAGES.repeat(channels, axis=-1)
-    assert features.of(images, torch.device("cpu")).shape == (20, 16)
+    assert features.of(images).shape == (20, 16)
     # Repeated or averaged, equal channels are the same picture to the model.
-    assert torch.equal(features.of(images, torch.device("cpu")), features.of(IMAGES, torch.device("cpu")))
+    assert torch.equal(features.of(images), features.of(IMAGES))
 
 
 def test_a_model_without_a_pooling_layer_is_averaged_over_its_tokens(tmp_path):
@@ -59,7 +59,7 @@ def test_a_model_without_a_pooling_layer_is_averaged_over_its_tokens(tmp_path):
     processor(3).save_pretrained(tmp_path)
     features = Features(str(tmp_path))
     features.model.pooler = None
-    found = features.of(IMAGES[:2], torch.device("cpu"))
+    found = features.of(IMAGES[:2])
     pixels = features.processor(
         list(IMAGES[:2].repeat(3, axis=-1)), return_tensors="pt", input_data_format="channels_last"
     )
@@ -73,7 +73,7 @@ def test_chunks_do_not_change_the_features(tmp_path):
     quality = Quality(QualityConfig(features=save_resnet(tmp_path), images=30, every_steps=1), IMAGES, [None])
     assert (len(quality.images), len(quality.names)) == (20, 30)
     shared = quality._shared(IMAGES, Accelerator(cpu=True), lambda: None)
-    alone = torch.cat([quality.features.of(image[None], torch.device("cpu")) for image in IMAGES])
+    alone = torch.cat([quality.features.of(image[None]) for image in IMAGES])
     torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-6)
 
 
@@ -88,3 +88,11 @@ def test_a_folder_that_holds_no_image_model_is_refused_in_one_line(tmp_path):
             Features(name)
         assert len(failure.value.problems) == 1
         assert "\n" not in failure.value.problems[0]
+
+
+def test_a_model_of_text_is_refused_before_the_run(tmp_path):
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}
+    BertModel(BertConfig(**size)).save_pretrained(tmp_path)
+    processor(3).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"validation\.quality\.features: .*input_ids.*; expected .* an image model"):
+        Features(str(tmp_path))

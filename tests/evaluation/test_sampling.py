@@ -13,6 +13,7 @@ from finetune.core.stopping import Interrupted, StopCheck
 from finetune.evaluation.sampling import check_sampling, sample
 from finetune.models.unconditional import load_unconditional
 from harness.configs import UNET
+from harness.faults import RequestedAt
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +57,10 @@ def test_samples_of_a_network_that_knows_the_image_are_that_image():
 
 
 def test_sampling_ends_at_the_next_step_after_a_stop(kind):
-    accelerator, asked = Accelerator(cpu=True), []
-
-    def requested():
-        asked.append(1)
-        return len(asked) > 2
-
+    accelerator, requested = Accelerator(cpu=True), RequestedAt(3)
     with pytest.raises(Interrupted):
         sample(kind, accelerator, StopCheck(accelerator, requested), 0, [None] * 8, 5)
-    assert len(asked) == 3
+    assert requested.asked == 3
     assert kind.network.training
 
 

@@ -12,6 +12,7 @@ from finetune.evaluation.rounds import CHUNK
 from finetune.evaluation.validation import Validation
 from finetune.models.unconditional import load_unconditional
 from harness.configs import UNET
+from harness.faults import RequestedAt
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
 DRAWS = 20
@@ -73,15 +74,10 @@ def test_images_take_turns_over_the_draws(validation):
 
 
 def test_an_evaluation_ends_at_the_next_chunk_after_a_stop(validation):
-    accelerator, asked = Accelerator(cpu=True), []
-
-    def requested():
-        asked.append(1)
-        return len(asked) > 2
-
+    accelerator, requested = Accelerator(cpu=True), RequestedAt(3)
     with pytest.raises(Interrupted):
         validation.losses(accelerator, StopCheck(accelerator, requested))
-    assert len(asked) == 3
+    assert requested.asked == 3
     assert validation.kind.network.training
 
 

@@ -50,17 +50,23 @@ def kill_at(owner: object, name: str, call: int, after: bool = False) -> None:
     signal_at(signal.SIGKILL, owner, name, call, after)
 
 
+class RequestedAt:
+    """For a StopCheck: a stop is requested from the count-th time on that it is asked for."""
+
+    def __init__(self, count: int):
+        self.count, self.asked = count, 0
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return self.asked >= self.count
+
+
 def stop_after_updates(count: int) -> None:
     """The run in this process is told to stop in its count-th update, as by a signal (with no evaluations due)."""
     from finetune.core.stopping import StopRequest
 
-    asked = []
-
-    def requested(self) -> bool:
-        asked.append(1)
-        return len(asked) >= count
-
-    StopRequest.requested = requested
+    requested = RequestedAt(count)
+    StopRequest.requested = lambda self: requested()
 
 
 def skip_the_export() -> None:

@@ -10,24 +10,22 @@ from finetune.run import checkpoint
 from finetune.run.run import Run
 from finetune.training.window import Window
 from harness.compare import differing, history, untimed, valid_checkpoints, weights
-from harness.configs import EVALUATED_STEPS, tiny_config, write_config, write_pictures
+from harness.configs import EVALUATED_STEPS
 from harness.faults import kill_at, signal_at, stop_after_updates
-from harness.processes import finish, run
+from harness.processes import finish, nothing, run
+from harness.undisturbed import undisturbed
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A finished run of 12 updates with checkpoints 3, 6, 9 and 12, and its command."""
-    base = tmp_path_factory.mktemp("base")
-    config = tiny_config(
-        write_pictures(base / "pictures", 24),  # 3 windows of 8 an epoch
-        base / "run",
+    return undisturbed(
+        tmp_path_factory.mktemp("base"),
+        images=24,  # 3 windows of 8 an epoch
+        before=nothing,
         training__num_epochs=4,
         checkpoint={"every_steps": 3, "keep": 10},
     )
-    write_config(base / "config.yaml", config)
-    finish("--config", base / "config.yaml", folder=base)
-    return base
 
 
 def contents(folder):

@@ -59,26 +59,28 @@ class Running:
 
 
 @pytest.mark.parametrize(
-    ("command", "number"),
-    [(ONE, signal.SIGKILL), (ONE, signal.SIGTERM), (TWO, signal.SIGKILL)],
-    ids=["1 process, SIGKILL", "1 process, SIGTERM", "2 processes, SIGKILL"],
+    ("command", "send", "number"),
+    [
+        (ONE, os.kill, signal.SIGKILL),
+        (ONE, os.kill, signal.SIGTERM),
+        (TWO, os.kill, signal.SIGKILL),
+        (PYTHON, os.killpg, signal.SIGTERM),
+        (ONE, os.killpg, signal.SIGINT),
+        (TWO, os.killpg, signal.SIGTERM),
+    ],
+    ids=[
+        "the launcher of 1 process, SIGKILL",
+        "the launcher of 1 process, SIGTERM",
+        "the launcher of 2 processes, SIGKILL",
+        "python, SIGTERM",
+        "all of a launch of 1 process, SIGINT",
+        "all of a launch of 2 processes, SIGTERM",
+    ],
 )
-def test_a_launcher_that_ends_leaves_no_orphans_and_the_run_is_saved(config, tmp_path, command, number):
+def test_a_signal_stops_all_processes_and_the_run_is_saved(config, tmp_path, command, send, number):
+    """To the launcher alone, as a person sends it, or to all, as Slurm, a terminal and systemd do."""
     running = Running(command, config, tmp_path / "run")
-    running.process.send_signal(number)
-    output, _ = running.stopped()
-    assert output.count("Stopped after step ") == 1
-
-
-@pytest.mark.parametrize(
-    ("command", "number"),
-    [(PYTHON, signal.SIGTERM), (ONE, signal.SIGINT), (TWO, signal.SIGTERM)],
-    ids=["python, SIGTERM", "1 process, SIGINT", "2 processes, SIGTERM"],
-)
-def test_a_signal_to_every_process_stops_the_run_and_it_is_saved(config, tmp_path, command, number):
-    """As from Slurm, a terminal, or systemd."""
-    running = Running(command, config, tmp_path / "run")
-    os.killpg(running.process.pid, number)
+    send(running.process.pid, number)
     output, errors = running.stopped()
     assert output.count("Stopped after step ") == 1
     if command == PYTHON:

@@ -10,9 +10,9 @@ from finetune.data.batches import Batches
 from finetune.data.order import WindowSampler
 from finetune.data.workers import make_loader
 from harness.compare import differences, differing, history, moments
-from harness.configs import tiny_config, write_config, write_pictures
 from harness.faults import skip_the_export, stop_after_updates
 from harness.processes import finish, run, run_two
+from harness.undisturbed import command, undisturbed
 
 STEPS = 6  # 19 images in windows of 8: 8 + 8 + 3, twice
 
@@ -20,22 +20,15 @@ STEPS = 6  # 19 images in windows of 8: 8 + 8 + 3, twice
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A config with all that a resume could get wrong (crops, flips, warm-up, averaging, a tail), and a run of it."""
-    base = tmp_path_factory.mktemp("base")
-    config = tiny_config(
-        write_pictures(base / "pictures", 19, (10, 8)),
-        base / "run",
+    return undisturbed(
+        tmp_path_factory.mktemp("base"),
+        images=19,
+        size=(10, 8),
         data__crop="random",
         data__random_flip=True,
         lr_scheduler={"name": "cosine", "warmup_steps": 2},
         logging__tracker="tensorboard",
     )
-    file = write_config(base / "config.yaml", config)
-    finish("--config", file, folder=base, before=skip_the_export)
-    return base
-
-
-def command(base, tmp_path, *overrides):
-    return ["--config", base / "config.yaml", f"output_dir={tmp_path / 'run'}", *overrides]
 
 
 def stopping(updates):
@@ -46,7 +39,7 @@ def stopping(updates):
 # `stops`: updates of each start but the last. Together they stop after every step; 3 is the end of an epoch.
 @pytest.mark.parametrize(("stops", "workers"), [((1,), 0), ((3,), 0), ((2, 2, 1), 0), ((4,), 2)])
 def test_a_stopped_run_resumes_bit_exactly(base, tmp_path, stops, workers):
-    arguments = command(base, tmp_path, f"data.num_workers={workers}")
+    arguments = command(base, tmp_path / "run", f"data.num_workers={workers}")
     for updates in stops:
         stopped = run(*arguments, folder=tmp_path, before=lambda updates=updates: stopping(updates))
         assert stopped.returncode == 143, stopped
@@ -66,9 +59,9 @@ def test_a_run_resumes_with_other_processes_and_another_micro_batch(base, tmp_pa
     def layout(micro, steps):
         return [f"training.micro_batch_size={micro}", f"training.gradient_accumulation_steps={steps}"]
 
-    first = run(*command(base, tmp_path, *layout(4, 2)), folder=tmp_path, before=lambda: stopping(2))
-    two = run_two(*command(base, tmp_path, *layout(2, 2)), folder=tmp_path, before=lambda process: stopping(2))
-    last = finish(*command(base, tmp_path, *layout(1, 8)), folder=tmp_path, before=skip_the_export)
+    first = run(*command(base, tmp_path / "run", *layout(4, 2)), folder=tmp_path, before=lambda: stopping(2))
+    two = run_two(*command(base, tmp_path / "run", *layout(2, 2)), folder=tmp_path, before=lambda process: stopping(2))
+    last = finish(*command(base, tmp_path / "run", *layout(1, 8)), folder=tmp_path, before=skip_the_export)
     assert [outcome.returncode for outcome in (first, *two)] == [143, 143, 143]
     for outcome, step in ((two[0], 2), (last, 4)):
         assert f"Resuming from {tmp_path / 'run' / f'checkpoint-{step}'}: step {step} of {STEPS}." in outcome.stdout
@@ -103,8 +96,8 @@ def test_resuming_at_update_10000_reads_no_image_that_was_seen_before():
 
 
 def test_a_changed_setting_takes_effect_and_is_printed(base, tmp_path):
-    finish(*command(base, tmp_path, "training.num_epochs=1"), folder=tmp_path, before=skip_the_export)
-    changed = command(base, tmp_path, "optimizer.weight_decay=0.5")
+    finish(*command(base, tmp_path / "run", "training.num_epochs=1"), folder=tmp_path, before=skip_the_export)
+    changed = command(base, tmp_path / "run", "optimizer.weight_decay=0.5")
     resumed = finish(*changed, folder=tmp_path, before=skip_the_export)
     assert "optimizer.weight_decay: 0.01 in the checkpoint, 0.5 now" in resumed.stdout
     assert "training.num_epochs: 1 in the checkpoint, 2 now" in resumed.stdout

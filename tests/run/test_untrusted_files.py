@@ -11,17 +11,14 @@ import torch
 
 from finetune.run import manifest
 from harness.checkpoints import FILES, FOREIGN
-from harness.configs import tiny_config, write_config, write_pictures
-from harness.processes import Outcome, finish, run
+from harness.processes import Outcome, nothing, run
+from harness.undisturbed import undisturbed
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A config, and a run of it: two checkpoints and a pipeline."""
-    base = tmp_path_factory.mktemp("base")
-    config = tiny_config(write_pictures(base / "pictures", 8), base / "run", checkpoint={"every_steps": 1})
-    finish("--config", write_config(base / "config.yaml", config), folder=base)
-    return base
+    return undisturbed(tmp_path_factory.mktemp("base"), images=8, before=nothing, checkpoint={"every_steps": 1})
 
 
 class Bomb:

@@ -14,9 +14,9 @@ from finetune.run.recovery import SKIP_LIMIT
 from finetune.run.run import Run
 from finetune.training.window import Window
 from harness.compare import differing, history, moments, valid_checkpoints, weights
-from harness.configs import tiny_config, write_config, write_pictures
 from harness.faults import skip_the_export
 from harness.processes import finish, run, run_two
+from harness.undisturbed import command, undisturbed
 
 IMAGES, BATCH, EPOCHS = 19, 8, 4  # windows of 8, 8 and 3: 12 updates
 STEPS, BAD = 12, 5  # update 5 is the second of the second epoch: its positions 8 .. 15
@@ -26,22 +26,18 @@ RATE = 1e-3
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A config, and a run of it that was not disturbed."""
-    base = tmp_path_factory.mktemp("base")
-    config = tiny_config(
-        write_pictures(base / "pictures", IMAGES),
-        base / "run",
+    return undisturbed(
+        tmp_path_factory.mktemp("base"),
+        IMAGES,
         training__num_epochs=EPOCHS,
         lr_scheduler={"name": "linear"},
         checkpoint={"every_steps": 1, "keep": STEPS},
         logging={"tracker": "tensorboard"},
     )
-    finish("--config", write_config(base / "config.yaml", config), folder=base, before=skip_the_export)
-    return base
 
 
-def command(base, run_dir, **training):
-    overrides = [f"training.{key}={value}" for key, value in training.items()]
-    return ["--config", base / "config.yaml", f"output_dir={run_dir}", *overrides]
+def settings(**training):
+    return [f"training.{key}={value}" for key, value in training.items()]
 
 
 def spoil(positions, epochs=(1,), value=np.nan):
@@ -92,7 +88,7 @@ def test_stop_names_the_images_and_leaves_the_run_as_it_was(base, tmp_path, posi
 
 def test_skip_leaves_out_the_update_and_counts_it(base, tmp_path):
     run_dir = tmp_path / "run"
-    finish(*command(base, run_dir, nonfinite_loss="skip"), folder=tmp_path, before=lambda: spoil([10]))
+    finish(*command(base, run_dir, *settings(nonfinite_loss="skip")), folder=tmp_path, before=lambda: spoil([10]))
     for part in ("model", "ema"):
         assert same(weights(run_dir, BAD, part), weights(run_dir, BAD - 1, part))
         assert not same(weights(run_dir, BAD + 1, part), weights(run_dir, BAD, part))
@@ -113,7 +109,7 @@ def test_skip_leaves_out_the_update_and_counts_it(base, tmp_path):
 
 def test_skip_ends_the_run_after_a_limit(base, tmp_path):
     run_dir = tmp_path / "run"
-    arguments = command(base, run_dir, nonfinite_loss="skip", num_epochs=20)
+    arguments = command(base, run_dir, *settings(nonfinite_loss="skip", num_epochs=20))
     everything = range(IMAGES), range(1, 20)  # from the second epoch on
     ended = run(*arguments, "checkpoint.every_steps=10", folder=tmp_path, before=lambda: spoil(*everything))
     assert ended.returncode == 1
@@ -136,7 +132,7 @@ def test_both_processes_react_if_one_of_them_finds_it(base, tmp_path, process, r
         if number == process:
             spoil([place])
 
-    arguments = command(base, run_dir, nonfinite_loss=reaction, gradient_accumulation_steps=1)
+    arguments = command(base, run_dir, *settings(nonfinite_loss=reaction, gradient_accumulation_steps=1))
     main, other = run_two(*arguments, folder=tmp_path, before=before)
     if reaction == "stop":
         assert [main.returncode, other.returncode] == [1, 1]
@@ -183,7 +179,7 @@ def test_the_check_costs_one_synchronisation_an_update(base, tmp_path, accumulat
         Fetches().__enter__()
 
     sizes = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation_steps, "num_epochs": 1}
-    arguments = command(base, tmp_path / "run", **sizes)
+    arguments = command(base, tmp_path / "run", *settings(**sizes))
     options = "checkpoint.every_steps=1000", "logging.tracker=null", "data.num_workers=1"
     finish(*arguments, *options, folder=tmp_path, before=before)
     noted = json.loads(noted_file.read_text())

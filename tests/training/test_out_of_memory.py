@@ -12,9 +12,9 @@ from torch.optim import AdamW
 from finetune.run import start as start_module
 from harness import faults
 from harness.compare import differences, history
-from harness.configs import tiny_config, write_config, write_pictures
 from harness.faults import at_call, exhaust_memory, limit_images, skip_the_export
 from harness.processes import finish, run, run_two
+from harness.undisturbed import command, undisturbed
 
 IMAGES, STEPS = 27, 8
 FLOAT32 = 1e-5
@@ -23,25 +23,18 @@ FLOAT32 = 1e-5
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A config without the sizes of a batch, and an undisturbed run in micro-batches of 4."""
-    base = tmp_path_factory.mktemp("base")
-    config = tiny_config(
-        write_pictures(base / "pictures", IMAGES),
-        base / "undisturbed",
+    return undisturbed(
+        tmp_path_factory.mktemp("base"),
+        IMAGES,
+        overrides=sizes(micro_batch_size=4, global_batch_size=8),
         training={"num_epochs": 2},
         lr_scheduler={"name": "cosine", "warmup_steps": 2},
         checkpoint__every_steps=2,
     )
-    file = write_config(base / "config.yaml", config)
-    finish("--config", file, *sizes(micro_batch_size=4, global_batch_size=8), folder=base, before=skip_the_export)
-    return base
 
 
 def sizes(**values):
-    return [f"training.{key}={value}" for key, value in values.items()]
-
-
-def command(base, tmp_path, *overrides):
-    return ["--config", base / "config.yaml", f"output_dir={tmp_path / 'run'}", *overrides]
+    return tuple(f"training.{key}={value}" for key, value in values.items())
 
 
 def fail_at_pass(call, where="forward"):
@@ -68,7 +61,7 @@ def advised(outcome, size, step):
 def is_the_undisturbed_run(base, run_dir):
     """No update lost or done twice, and nothing that differs by more than rounding."""
     assert [line["step"] for line in history(run_dir)] == list(range(1, STEPS + 1))
-    found = differences(base / "undisturbed", run_dir, STEPS)
+    found = differences(base / "run", run_dir, STEPS)
     assert {name: apart for name, apart in found.items() if apart > FLOAT32} == {}
 
 
@@ -87,7 +80,7 @@ def test_the_advised_overrides_finish_the_run_with_the_same_result(base, tmp_pat
         limit_images(lambda count: count > 4)  # what auto finds
         fail_at_pass(call, where)
 
-    arguments, step = command(base, tmp_path, *sizes(**given)), {6: 3, 1: 1, 7: 4}[call]
+    arguments, step = command(base, tmp_path / "run", *sizes(**given)), {6: 3, 1: 1, 7: 4}[call]
     ended = run(*arguments, folder=tmp_path, before=before)
     assert ended.returncode == 1
     assert "8 = 4 per micro-batch x 2 accumulation steps x 1 process(es)" in ended.stdout
@@ -110,7 +103,7 @@ def test_the_advised_overrides_finish_the_run_of_two_processes(base, tmp_path, g
         if process == 1:
             fail_at_pass(6)
 
-    arguments = command(base, tmp_path, *sizes(micro_batch_size=2, **given))
+    arguments = command(base, tmp_path / "run", *sizes(micro_batch_size=2, **given))
     main, other = run_two(*arguments, folder=tmp_path, before=before)
     assert [main.returncode, other.returncode] == [1, 1]
     assert main.error.startswith("launch: another process of this run ended, so this one cannot continue; ")
@@ -124,7 +117,7 @@ def test_the_advised_overrides_finish_the_run_of_two_processes(base, tmp_path, g
 
 
 def test_single_images_that_do_not_fit_are_advised_to_need_less(base, tmp_path):
-    arguments = command(base, tmp_path, *sizes(micro_batch_size=1, global_batch_size=8))
+    arguments = command(base, tmp_path / "run", *sizes(micro_batch_size=1, global_batch_size=8))
     ended = run(*arguments, folder=tmp_path, before=lambda: fail_at_pass(17))  # the first pass of the third window
     assert ended.returncode == 1
     assert ended.error.startswith(
@@ -149,7 +142,9 @@ def test_other_libraries_words_for_it_are_understood(base, tmp_path, error):
         fail_at_pass(2)
 
     ended = run(
-        *command(base, tmp_path, *sizes(micro_batch_size="auto", global_batch_size=8)), folder=tmp_path, before=before
+        *command(base, tmp_path / "run", *sizes(micro_batch_size="auto", global_batch_size=8)),
+        folder=tmp_path,
+        before=before,
     )
     assert ended.returncode == 1
     assert "8 = 4 per micro-batch x 2 accumulation steps" in ended.stdout
@@ -162,7 +157,7 @@ def test_memory_that_runs_out_in_the_optimizer_is_not_blamed_on_the_micro_batch(
         skip_the_export()
         at_call(AdamW, "step", 3, exhaust_memory, after=True)
 
-    arguments = command(base, tmp_path, *sizes(micro_batch_size=4, global_batch_size=8))
+    arguments = command(base, tmp_path / "run", *sizes(micro_batch_size=4, global_batch_size=8))
     ended = run(*arguments, folder=tmp_path, before=before)
     assert ended.returncode == 1
     assert ended.error.startswith("memory: ran out outside of a micro-batch: [enforce fail at ")
