@@ -47,12 +47,12 @@ from finetune.evaluation.sampling import check_sampling, sampled_names
 from finetune.evaluation.validation import Validation
 from finetune.models.classes import with_classes
 from finetune.models.ema import make_ema
-from finetune.models.unconditional import load_unconditional
+from finetune.models.unconditional import load_unconditional, outline_unconditional
 from finetune.run.recovery import check_finite, explain_failure
 from finetune.run.start import find_start, start_run
 from finetune.run.summary import layout_dependence, peak_throughput, plan, unguided
 from finetune.training.compute import flops_per_image, peak_rates
-from finetune.training.memory import largest_layout, memory_plan
+from finetune.training.memory import largest_layout, memory_plan, state_plan
 from finetune.training.objective import loss_per_image
 from finetune.training.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
 from finetune.training.soundness import check_compiled, layout_dependent_layers
@@ -79,7 +79,9 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     check_launch(accelerator, layout.gradient_accumulation_steps, config.logging.tracker)
     use_available_cores(accelerator)
 
-    # Model, images, and the moving average of the weights.
+    # Model, images, and the moving average of the weights. What the model takes is printed before it is loaded.
+    outline = main_process_first(lambda: outline_unconditional(config.model, config.data.resolution))
+    accelerator.print(together(lambda: state_plan(accelerator, outline, layout.num_processes, config.ema.enabled)))
     kind = main_process_first(lambda: load_unconditional(config.model, config.data.resolution, config.seed))
     conditional = config.model.class_conditional
     train_images, held_out = main_process_first(

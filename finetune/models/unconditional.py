@@ -10,8 +10,17 @@ from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError, first_line
 from finetune.core.failures import is_out_of_memory
 from finetune.core.kind import Batch, ImageFormat
+from finetune.models.hub import check_keys
 from finetune.models.noise_schedulers import build_noise_scheduler
-from finetune.models.unet import build_unet, check_unet, own_resolution, pretrained_unet, training_resolution
+from finetune.models.unet import (
+    build_unet,
+    check_unet,
+    load_unet,
+    outline_unet,
+    own_resolution,
+    read_pretrained,
+    training_resolution,
+)
 
 USAGE = """\
 ```python
@@ -89,6 +98,31 @@ class Unconditional:
         return {"unet": settings(self.network), "noise_scheduler": settings(self.noise_scheduler)}
 
 
+def outline_unconditional(config: ModelConfig, resolution: int | None) -> Unconditional:
+    """The model that `load_unconditional` loads, on the meta device: its shapes, without memory for weights.
+
+    Args:
+        resolution: pixels a side to train at; None: what the model was made for.
+
+    Raises:
+        UserError: one line that names the key, what was found and what was expected.
+    """
+    if config.pretrained is not None:
+        pretrained = read_pretrained(config.pretrained)
+        unet = outline_unet(pretrained.config, f"model.pretrained: {pretrained.folder / 'config.json'}")
+    else:
+        pretrained = None
+        check_keys("model.unet", config.unet or {}, UNet2DModel)
+        unet = outline_unet(config.unet or {}, "model.unet")
+    noise_scheduler = build_noise_scheduler(pretrained.scheduler_config if pretrained else {}, config.noise_scheduler)
+    check_unet(unet, noise_scheduler, config)
+    made_for = own_resolution(unet.config.sample_size)
+    unet.register_to_config(sample_size=training_resolution(unet, resolution))
+    kind = Unconditional(unet, noise_scheduler, made_for, pretrained.class_names if pretrained else None)
+    _check_forward(kind)
+    return kind
+
+
 def load_unconditional(config: ModelConfig, resolution: int | None, seed: int) -> Unconditional:
     """Load a pretrained model, or build one from a config with initial weights that the seed decides.
 
@@ -98,18 +132,15 @@ def load_unconditional(config: ModelConfig, resolution: int | None, seed: int) -
     Raises:
         UserError: one line that names the key, what was found and what was expected.
     """
+    kind = outline_unconditional(config, resolution)
     if config.pretrained is not None:
-        unet, scheduler_config, class_names = pretrained_unet(config.pretrained)
+        unet = load_unet(read_pretrained(config.pretrained).folder)
     else:
-        unet, scheduler_config, class_names = build_unet(config.unet or {}, seed), {}, None
-    noise_scheduler = build_noise_scheduler(scheduler_config, config.noise_scheduler)
-    check_unet(unet, noise_scheduler, config)
-    made_for = own_resolution(unet.config.sample_size)
-    unet.register_to_config(sample_size=training_resolution(unet, resolution))
+        unet = build_unet(config.unet or {}, seed)
+    unet.register_to_config(sample_size=kind.image_format.resolution)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    kind = Unconditional(unet.train(), noise_scheduler, made_for, class_names)
-    _check_forward(kind)
+    kind.network = unet.train()
     _check_finite(kind)
     return kind
 
@@ -121,7 +152,7 @@ def _check_forward(kind: Unconditional) -> None:
     with torch.device("meta"):
         clean, _ = kind.inputs(kind.example(1))
         try:
-            output = _denoise(kind.without_memory(), clean, torch.zeros(1, dtype=torch.long))
+            output = _denoise(kind.network, clean, torch.zeros(1, dtype=torch.long))
         except Exception as error:  # whatever a block does with a tensor that it was not made for
             raise UserError(f"{problem}: {first_line(error)}") from error
     if output.shape != clean.shape:

@@ -2,25 +2,36 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError, first_line
-from finetune.models.hub import check_keys, pipeline_folder, read_json
+from finetune.models.hub import pipeline_folder, read_json
 from finetune.models.noise_schedulers import check_scheduler
 
 
-def pretrained_unet(name: str) -> tuple[UNet2DModel, dict[str, Any], list[str] | None]:
-    """Load a UNet2DModel from the folder or hub id of a pipeline.
+class Pretrained(NamedTuple):
+    """What the folder of a pipeline says of a UNet2DModel, without its weights.
 
-    Returns:
-        The network, the config of its scheduler, and the classes that the pipeline names, if it does.
+    Attributes:
+        folder: of the network.
+        class_names: the classes that the pipeline names, if it does.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    class_names: list[str] | None
+
+
+def read_pretrained(name: str) -> Pretrained:
+    """Find a UNet2DModel in the folder or hub id of a pipeline.
 
     Raises:
-        UserError: if it is no pipeline of such a network, or its weights cannot be loaded safely.
+        UserError: if it is no pipeline of such a network.
     """
     folder = pipeline_folder(name, DDPMPipeline)
     index = read_json(folder / "model_index.json", name, "a folder of a DDPM pipeline, as diffusers saves it")
@@ -37,31 +48,41 @@ def pretrained_unet(name: str) -> tuple[UNet2DModel, dict[str, Any], list[str] |
     scheduler_config = read_json(scheduler_folder / "scheduler_config.json", name, "the noise scheduler's config")
     library, scheduler, *_ = map(str, [*(components["scheduler"] or ()), "", ""])
     check_scheduler(name, library, scheduler, scheduler_config)
+    config = read_json(unet_folder / "config.json", name, "the network's config")
+    return Pretrained(unet_folder, config, scheduler_config, _class_names(index, config, name))
+
+
+def load_unet(folder: Path) -> UNet2DModel:
+    """A UNet2DModel with the weights in a folder, in torch's default dtype.
+
+    Raises:
+        UserError: if they cannot be loaded safely, or do not fit its config.
+    """
     try:
         unet, report = UNet2DModel.from_pretrained(
-            unet_folder,
+            folder,
             dtype=torch.get_default_dtype(),
             local_files_only=True,
             output_loading_info=True,
-            variant=_variant(unet_folder),
+            variant=_variant(folder),
         )
     except Exception as error:  # diffusers, safetensors and torch each raise their own for an unreadable file
         raise UserError(
-            f"model.pretrained: {unet_folder}: the weights cannot be loaded safely ({first_line(error)}); expected "
+            f"model.pretrained: {folder}: the weights cannot be loaded safely ({first_line(error)}); expected "
             "diffusion_pytorch_model.safetensors, or a .bin of plain tensors, that fits config.json"
         ) from error
     wrong = [f"{len(names)} {kind.replace('_', ' ')}" for kind, names in report.items() if names]
     if wrong:  # diffusers would go on with random numbers in their place
-        raise UserError(f"model.pretrained: {unet_folder}: the weights do not fit config.json: {', '.join(wrong)}")
-    return unet, scheduler_config, _class_names(index, unet, name)
+        raise UserError(f"model.pretrained: {folder}: the weights do not fit config.json: {', '.join(wrong)}")
+    return unet
 
 
-def _class_names(index: dict[str, Any], unet: UNet2DModel, name: str) -> list[str] | None:
+def _class_names(index: dict[str, Any], config: dict[str, Any], name: str) -> list[str] | None:
     """The classes that an exported class-conditional pipeline names, by row; the embedding's last row is "no class"."""
-    named = index.get("id2label")
-    if named is None or unet.config.num_class_embeds is None:
+    named, embedded = index.get("id2label"), config.get("num_class_embeds")
+    if named is None or embedded is None:
         return None
-    rows = [str(row) for row in range(unet.config.num_class_embeds - 1)]
+    rows = [str(row) for row in range(embedded - 1)]
     if not isinstance(named, dict) or sorted(named) != sorted(rows) or len(set(named.values())) != len(rows):
         raise UserError(
             f"model.pretrained: {name}: model_index.json names the classes {named}; expected one name for each of the "
@@ -81,13 +102,25 @@ def _variant(folder: Path) -> str | None:
 
 def build_unet(config: dict[str, Any], seed: int) -> UNet2DModel:
     """A UNet2DModel from its config, with initial weights that the seed decides."""
-    check_keys("model.unet", config, UNet2DModel)
     with torch.random.fork_rng(devices=[]):  # the seed decides the weights; the global generator is left as it was
         torch.manual_seed(seed)
-        try:
-            return UNet2DModel(**config)
-        except Exception as error:  # whatever a wrong value leads to
-            raise UserError(f"model.unet: UNet2DModel cannot be built from it: {first_line(error)}") from error
+        return UNet2DModel(**config)
+
+
+def outline_unet(config: dict[str, Any], where: str) -> UNet2DModel:
+    """A UNet2DModel of a config on the meta device: its shapes, without memory for weights.
+
+    Args:
+        where: the key or file that holds the config, for the error.
+
+    Raises:
+        UserError: if there is none of this config.
+    """
+    try:
+        with torch.device("meta"):
+            return UNet2DModel.from_config(config)
+    except Exception as error:  # whatever a wrong value leads to
+        raise UserError(f"{where}: UNet2DModel cannot be built from it: {first_line(error)}") from error
 
 
 def check_unet(unet: UNet2DModel, noise_scheduler: DDPMScheduler, model: ModelConfig) -> None:

@@ -39,6 +39,36 @@ def state_bytes(kind: Kind, averaged: bool) -> int:
     return total + (4 if averaged else 3) * weight_bytes(kind)
 
 
+def state_plan(accelerator: Accelerator, outline: Kind, num_processes: int, averaged: bool) -> str:
+    """What training will hold throughout, said before any of it is allocated.
+
+    Args:
+        outline: the model on the meta device.
+        num_processes: that share the memory of a CPU.
+
+    Raises:
+        UserError: if that alone is more than is free.
+    """
+    state, device = state_bytes(outline, averaged), accelerator.device
+    if device.type == "cpu":
+        free = free_memory() / num_processes
+    elif device.type in ("cuda", "xpu"):
+        free = torch.accelerator.get_memory_info(device)[0]
+    else:
+        free = float("inf")
+    parameters = sum(parameter.numel() for parameter in outline.network.parameters())
+    if state > free:
+        raise UserError(
+            f"model: found {parameters / 1e6:.2f} M parameters, whose weights, gradients, optimizer and average take "
+            f"{state / 1e6:,.0f} MB a process, and {free / 1e6:,.0f} MB free on {device}; choose a smaller model, or a "
+            "machine with more memory"
+        )
+    return (
+        f"Model: {parameters / 1e6:.2f} M parameters; weights, gradients, optimizer and average will take "
+        f"{state / 1e6:,.0f} MB a process (--check measures the rest)"
+    )
+
+
 class Trials:
     """Trial updates of one process, and what they take of its memory.
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
 from finetune.core.batch import BatchLayout
+from finetune.models import unconditional
 from finetune.models.unconditional import Unconditional
 from finetune.run.run import Run
 from finetune.training import host_memory, memory
@@ -25,7 +26,7 @@ LARGER = {**UNET, "sample_size": 32, "block_out_channels": [16, 16]}  # activati
 HEAVIER = {**UNET, "block_out_channels": [128, 128]}  # activations: 1.3 MB an image, weights: 17 MB
 
 
-def unconditional(config):
+def kind_of(config):
     return Unconditional(UNet2DModel(**config).train(), DDPMScheduler())
 
 
@@ -40,6 +41,40 @@ def larger(tmp_path_factory):
         training={"micro_batch_size": 64, "global_batch_size": 64, "num_epochs": 2},
     )
     return write_config(base / "config.yaml", config)
+
+
+# diffusers' UNet2DModel() has 274,056,163 parameters; each takes 4 bytes, five times: 5,481 MB.
+DEFAULT = (
+    "Model: 274.06 M parameters; weights, gradients, optimizer and average will take 5,481 MB a process (--check "
+    "measures the rest)"
+)
+
+
+@pytest.mark.parametrize(("lacking", "held"), [(0, True), (1, False)], ids=["just enough", "a byte too few"])
+def test_what_a_model_takes_is_printed_or_refused_before_it_is_loaded(tmp_path, lacking, held):
+    """Loading it would end the process."""
+    config = tiny_config(
+        write_pictures(tmp_path / "pictures", 2), tmp_path / "run", model={"unet": {}}, data__resolution=64
+    )
+    free = 5 * 4 * 274_056_163 - lacking
+
+    def load_nothing(*arguments):
+        raise SystemExit(7)
+
+    def before():
+        memory.free_memory = lambda: free
+        unconditional.build_unet = load_nothing
+
+    ended = run("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path, before=before)
+    if held:
+        assert (ended.returncode, ended.stdout) == (7, f"{DEFAULT}\n")
+    else:
+        assert ended.returncode == 2
+        assert ended.error == (
+            "model: found 274.06 M parameters, whose weights, gradients, optimizer and average take 5,481 MB a "
+            "process, and 5,481 MB free on cpu; choose a smaller model, or a machine with more memory"
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def planned_and_taken(folder, unet, size, micro):
@@ -72,7 +107,7 @@ def planned_and_taken(folder, unet, size, micro):
 def test_the_plan_is_within_15_percent_of_what_a_run_takes(tmp_path, unet, size, micro):
     """Of what both take beyond the libraries: whole processes are in tests/benchmarks/memory.py."""
     planned, taken = in_new_process(planned_and_taken, tmp_path, unet, size, micro)
-    kind = unconditional(unet)
+    kind = kind_of(unet)
     assert taken > state_bytes(kind, averaged=True) + micro * activation_bytes(kind)
     assert planned == pytest.approx(taken, rel=0.15)
 
@@ -92,7 +127,7 @@ def test_a_plan_that_runs_out_of_memory_names_overrides_that_do_not(larger, tmp_
 
 def test_a_plan_of_more_memory_than_is_free_is_not_tried(larger, tmp_path):
     """An image takes more than its activations, which alone would fit by a small margin."""
-    free, tried = 64 * activation_bytes(unconditional(LARGER)) + 5 * 10**6, tmp_path / "tried"
+    free, tried = 64 * activation_bytes(kind_of(LARGER)) + 5 * 10**6, tmp_path / "tried"
 
     def before():
         memory.free_memory = lambda: free
@@ -127,7 +162,7 @@ def test_on_a_gpu_the_plan_is_what_the_trial_update_reserved(monkeypatch):
     monkeypatch.setattr(UNet2DModel, "forward", UNet2DModel.forward)
     limit_images(lambda count: calls.append(count) or False)
     gpu = SimpleNamespace(device=torch.device("cuda", 0), autocast=nullcontext)
-    plan = memory_plan(gpu, unconditional(UNET), BatchLayout(4, 1, 1), averaged=True)
+    plan = memory_plan(gpu, kind_of(UNET), BatchLayout(4, 1, 1), averaged=True)
     assert plan.startswith("Memory: about 123 MB of cuda memory a process at its peak, measured in a trial update ")
     trial = calls[: calls.index("max_memory_reserved")]
     assert trial == ["empty_cache", "reset_peak_memory_stats", 1, 1, 4, 4]
@@ -136,7 +171,7 @@ def test_on_a_gpu_the_plan_is_what_the_trial_update_reserved(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_plan_of_a_gpu_is_near_what_updates_reserve():
-    accelerator, kind = Accelerator(), unconditional(LARGER)
+    accelerator, kind = Accelerator(), kind_of(LARGER)
     kind.network.to(accelerator.device)
     plan = memory_plan(accelerator, kind, BatchLayout(64, 1, 1), averaged=False)
     planned = float(re.match(r"Memory: about (\d+) MB of cuda memory", plan)[1])
