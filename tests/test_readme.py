@@ -40,8 +40,8 @@ IN_CI = {  # command -> the line of .ci/run, which runs these tests
     "ruff check .": "ruff check .",
     "ruff format --check .": "ruff format --check .",
     "mypy": "mypy",
-    "pytest": "pytest",
-    'pytest -m "not slow"': "pytest",
+    "pytest -n 2": "pytest -n 2",
+    'pytest -n 2 -m "not slow"': 'pytest -n 2 -m "not slow"',
 }
 TENSORBOARD = "tensorboard --logdir runs/digits-classes"
 REFERENCE = "python docs/make_config.py"

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from table import head, row
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from finetune.models import classes
@@ -65,8 +65,8 @@ def zero_rows() -> None:
     classes.noise = lambda seed, epoch, position, shape, purpose: torch.zeros(shape)
 
 
-def feature_model(folder: Path, epochs: int) -> str:
-    """A small ResNet that reads the digits, in the format of transformers; untrained for 0 epochs."""
+def trained_resnet(folder: Path, epochs: int) -> str:
+    """A small ResNet that reads the digits, in the format of transformers."""
     torch.manual_seed(0)
     config = ResNetConfig(
         num_channels=1, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10
@@ -80,6 +80,18 @@ def feature_model(folder: Path, epochs: int) -> str:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+    return saved(network, folder)
+
+
+def untrained_vit(folder: Path) -> str:
+    """A network of another architecture, with random weights: any features order pictures to some extent."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return saved(ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4, num_channels=1)), folder)
+
+
+def saved(network: PreTrainedModel, folder: Path) -> str:
+    """Save a network for grey images of 16 pixels a side with its image processor; returns the folder's name."""
     network.eval().save_pretrained(folder)
     size = {"height": 16, "width": 16}
     ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False).save_pretrained(folder)
@@ -108,15 +120,22 @@ def main(short: bool) -> None:
         loss = [line["train/loss_smoothed"] for line in history(folder) if "train/loss_smoothed" in line][-1]
         row(name, f"{accuracy(folder / 'pipeline', 2.0, each):.1%}", f"{loss:.4f}")
 
+    resnet, vit = (
+        trained_resnet(Path(FOLDER.name, "resnet"), 1 if short else 12),
+        untrained_vit(Path(FOLDER.name, "vit")),
+    )
     curves = {}
-    for name, epochs in {"trained on the digits": 1 if short else 12, "untrained": 0}.items():
-        features = feature_model(Path(FOLDER.name, name), epochs)
+    for name, features, scale, overrides in (
+        ("from the base, scale 1", resnet, 1.0, []),
+        ("from the base, scale 2", resnet, 2.0, []),
+        ("from scratch, scale 1", resnet, 1.0, scratch),
+        ("from scratch, scale 1, a ViT", vit, 1.0, scratch),
+    ):
         quality = f"validation.quality={{features: {features}, images: {images}, every_steps: {max(updates // 4, 1)}}}"
-        folder = train(
-            f"quality {name}", updates, quality, "data.validation_fraction=0.2", "samples.guidance_scale=2.0"
-        )
+        sampled = "data.validation_fraction=0.2", f"samples.guidance_scale={scale}"
+        folder = train(f"quality {name}", updates, quality, *sampled, *overrides)
         curves[name] = [line for line in history(folder) if "validation/kernel_distance" in line]
-    head("update", *(f"{what}, features {name}" for name in curves for what in ("FD", "KID")))
+    head("update", *(f"{name}: {what}" for name in curves for what in ("FD", "KID")))
     for lines in zip(*curves.values(), strict=True):
         distances = [(line["validation/frechet_distance"], line["validation/kernel_distance"]) for line in lines]
         row(str(lines[0]["step"]), *(f"{distance:.4f}" for pair in distances for distance in pair))
