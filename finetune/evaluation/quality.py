@@ -92,7 +92,7 @@ class Quality:
         """`frechet_distance` and `kernel_distance`, each lower for better samples. Called by all processes.
 
         Fréchet distance: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", equation 6; its bias falls
-        with the number of images. Kernel distance: Binkowski et al. 2018, "Demystifying MMD GANs", section 3, the
+        with the number of images. Kernel distance: Binkowski et al. 2018, "Demystifying MMD GANs", the
         unbiased estimate with the polynomial kernel of degree 3; it may be below 0.
 
         Args:

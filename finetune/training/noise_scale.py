@@ -23,7 +23,7 @@ class GradientNoiseScale:
     with the gradients g_b and g_B of a micro-batch and of a window. Each update gives an unbiased and very noisy
     estimate of both; they are averaged before their ratio is taken. The noise scale grows as the loss falls, tenfold
     within a run, and early updates have the largest gradients: the k-th weighs about k^3 (polynomial-decay averaging,
-    Shamir & Zhang 2013, "Stochastic Gradient Descent for Non-smooth Optimization", section 4, with eta = 3), which is
+    Shamir & Zhang 2013, "Stochastic Gradient Descent for Non-smooth Optimization", eta = 3), which is
     the last two fifths of a run of any length. How the estimates scatter gives the covariance of their means (running,
     by Finch 2009, "Incremental calculation of weighted mean and variance"), and that the interval of their ratio.
     """

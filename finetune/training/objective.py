@@ -40,7 +40,7 @@ def predicted_images(
 def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, snr_gamma: float) -> torch.Tensor:
     """The min-SNR-gamma weight of each timestep, shape (b,).
 
-    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", section 3.4: the loss on the image
+    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy": the loss on the image
     weighs min(SNR, gamma). The same loss on epsilon is that over SNR, and on v that over SNR + 1.
     """
     snr = compute_snr(noise_scheduler, timesteps)

@@ -14,7 +14,7 @@ _TINY = 1e-30  # keeps logarithms and quotients finite where every loss is zero
 class Trend:
     """A local linear fit of the logarithm of a noisy positive series, which gives the fit's value at the newest point.
 
-    Recursive least squares with exponential forgetting (Ljung 1999, "System Identification", section 11.2), written as
+    Recursive least squares with exponential forgetting (Ljung 1999, "System Identification"), written as
     a Kalman filter for level and slope. An innovation further off than three of its standard errors is a change and
     not noise: the older points are then forgotten until it is three standard errors (the adaptive fading of Zhou &
     Frank 1996, "Strong tracking filtering", for one output).
@@ -65,7 +65,7 @@ class SmoothedLoss:
         variance of level' / level = s^2 sum(baseline^2) / sum(baseline)^2
         s^2 = mean of (loss - level' x baseline)^2 / mean of (level' x baseline)^2           (over recent images)
 
-    (Cochran 1977, "Sampling Techniques", section 6.4.) `Trend` averages these measurements. The first value is the
+    (Cochran 1977, "Sampling Techniques".) `Trend` averages these measurements. The first value is the
     first window's mean loss.
     """
 
