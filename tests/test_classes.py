@@ -232,7 +232,6 @@ def test_the_digits_job_draws_the_digit_that_is_asked_for(tmp_path):
         *("--config", "configs/digits-classes.yaml", f"output_dir={tmp_path / 'run'}"),
         config_file="accelerate_config.yaml",
         seconds=1200,
-        OMP_NUM_THREADS="2",
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert read_digits(tmp_path / "run/pipeline", 2.0) >= 0.97

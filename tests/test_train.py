@@ -53,7 +53,6 @@ def test_the_readme_command_turns_a_model_of_0_to_4_into_one_of_5_to_9(tmp_path)
         *("--config", "configs/digits.yaml", f"output_dir={run_dir}"),
         config_file="accelerate_config.yaml",
         seconds=1200,
-        OMP_NUM_THREADS="2",
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     trained = recognised(run_dir / "pipeline")
