@@ -76,6 +76,10 @@ class DataConfig(Section):
     """Column of the labels; null: `label`, where there is one."""
     labels: Labels | None = None
     """Train only on images with one of these labels, given by name or number; null: on all."""
+    caption_column: Text | None = None
+    """Column of captions or of lists of them; null: `caption` or `text`, or `.txt` files beside the pictures."""
+    caption: Text | None = None
+    """One caption for all pictures, instead of captions of their own."""
     resolution: Count | None = None
     """Pixels a side; null: the model's `sample_size`."""
     crop: Literal["center", "random"] = "center"
@@ -96,6 +100,8 @@ class DataConfig(Section):
     def disagreements(self) -> Iterator[tuple[str, str]]:
         if self.validation_split == self.split:
             yield "validation_split", f"found {short(self.split)}; expected a split other than data.split"
+        if self.caption is not None and self.caption_column is not None:
+            yield "caption", f"found {short(self.caption)} and a caption_column; expected one of them"
 
 
 class TrainingConfig(Section):

@@ -23,6 +23,7 @@ SYSTEM_FOLDERS |= {"$recycle.bin", "system volume information", "lost+found"}
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 RUN_FILES = {"config.yaml", "metrics.jsonl"}  # a folder with both is a run's output_dir
 RUN_OUTPUT = re.compile(r"samples|pipeline|lora|tensorboard|checkpoint-.*|loss_curve\.png|" + "|".join(RUN_FILES))
+OTHER = "other files"  # the reason to leave out what nothing here reads
 EXAMPLES = 3  # names that a note gives for a kind of file
 
 
@@ -49,8 +50,11 @@ class Listing:
         return Listing({reader: files for reader, files in by_reader.items() if files}, metadata, notes + self.notes)
 
 
-def list_folder(path: str, output_dir: str | None = None) -> Listing:
+def list_folder(path: str, output_dir: str | None = None, captioned: bool = False) -> Listing:
     """The files in and below a folder, with links followed.
+
+    Args:
+        captioned: text files beside pictures of the same name are not left out, since their captions will be read.
 
     Raises:
         UserError: a folder cannot be read, a name is not UTF-8, or the run's own output would be among the files.
@@ -81,6 +85,10 @@ def list_folder(path: str, output_dir: str | None = None) -> Listing:
                 reader = "metadata" if name in ImageFolder.METADATA_FILENAMES else READERS[_extension(name)]
                 found.setdefault(reader, []).append(_in_utf8(file, path))
     metadata = sorted(found.pop("metadata", []))
+    if captioned:
+        stems = {os.path.splitext(file)[0] for file in found.get("imagefolder", ())}
+        texts = {f"{stem}.txt" for stem in stems}
+        left_out[OTHER] = [file for file in left_out.get(OTHER, ()) if file not in texts]
     notes = [_note(reason, files) for reason, files in left_out.items() if files]
     return Listing({reader: sorted(files) for reader, files in found.items()}, metadata, notes)
 
@@ -150,7 +158,7 @@ def _reason_to_leave_out(name: str, is_run: bool) -> str | None:
         return None
     if _extension(name) in OTHER_PICTURES:
         return "pictures in formats that cannot be read here"
-    return "other files"
+    return OTHER
 
 
 def _inside(path: str, folder: str) -> list[str]:

@@ -11,6 +11,7 @@ from finetune.config.schema import DataConfig
 from finetune.core.errors import UserError
 from finetune.core.kind import ImageFormat
 from finetune.data.cache import decoded
+from finetune.data.caption_sources import read_captions
 from finetune.data.damage import is_pointer
 from finetune.data.decode import BadImageError, check_format, decode, original, quiet
 from finetune.data.order import held_out
@@ -27,6 +28,7 @@ def load_data(
     seed: int,
     labelled: bool = False,
     output_dir: str | None = None,
+    captioned: bool = False,
 ) -> tuple[Images, Images | None]:
     """Images to train on and images held out: `validation_split`, or a fraction chosen by the seed alone.
 
@@ -36,17 +38,21 @@ def load_data(
     Args:
         labelled: every image has to have a label, and a held-out one the label of some image to train on.
         output_dir: where the run will write, which may not be among the images.
+        captioned: every image has to have a caption.
 
     Raises:
         UserError: no such source, split, column or label; no room; bad images, all in one error, unless
             `on_bad_image: skip` leaves them out; nothing left.
     """
     check_format(image_format.channels, config.background)
-    source = open_source(config.source, output_dir)
-    images = _load(source, config, config.split, "data.split", image_format, labelled)
+    if not captioned and (config.caption or config.caption_column):
+        key = "caption" if config.caption else "caption_column"
+        raise UserError(f"data.{key}: found {getattr(config, key)!r}; expected it with a text-to-image model only")
+    source = open_source(config.source, output_dir, captioned)
+    images = _load(source, config, config.split, "data.split", image_format, labelled, captioned)
     if config.validation_split is not None:
-        held = _load(source, config, config.validation_split, "data.validation_split", image_format, labelled)
         key = "data.validation_split"
+        held = _load(source, config, config.validation_split, key, image_format, labelled, captioned)
     else:
         chosen = held_out(seed, len(images), config.validation_fraction)
         if not len(chosen):
@@ -62,7 +68,13 @@ def load_data(
 
 
 def _load(
-    source: Source, config: DataConfig, split: str, key: str, image_format: ImageFormat, labelled: bool
+    source: Source,
+    config: DataConfig,
+    split: str,
+    key: str,
+    image_format: ImageFormat,
+    labelled: bool,
+    captioned: bool,
 ) -> Images:
     chosen = select(source.splits, config, split, key)
     if not len(chosen.rows):
@@ -93,13 +105,17 @@ def _load(
     good = np.delete(np.arange(len(table)), bad)
     labels = None if chosen.labels is None else chosen.labels[good]
     notes = list(source.notes)
+    captions = None
+    if captioned:
+        captions, note = read_captions(source, config, chosen, chosen.rows[good])
+        notes.append(note)
     if problems:
         notes.append(
             f"left out {len(problems)} of {len(table)} images of {split!r}, which are bad (on_bad_image: skip):"
         )
         notes += [f"  {line}" for line in _listed(problems)]
     notes += _changes(table.select(good), image_format)
-    return Images(table, good, channels, resolution, labels, chosen.label_names, problems, notes)
+    return Images(table, good, channels, resolution, labels, chosen.label_names, problems, notes, captions)
 
 
 def _changes(table: datasets.Dataset, image_format: ImageFormat) -> list[str]:

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
+from finetune.data.captions import Captions
 from finetune.data.order import Indices
 
 FORMAT = 2  # of cached rows: bump it when decoding changes
@@ -41,6 +42,7 @@ class Images(Sequence[Pixels]):
     Attributes:
         labels: int64 (n,), -1 for none; None where the source has no labels.
         label_names: the name of label k, where labels have names.
+        captions: their texts; None unless they were asked for.
         skipped: "name: reason" of each bad picture that was left out of the source.
         notes: lines for the plan: what was found in the source, and what was left out.
     """
@@ -55,10 +57,11 @@ class Images(Sequence[Pixels]):
         label_names: list[str] | None = None,
         skipped: Sequence[str] = (),
         notes: Sequence[str] = (),
+        captions: Captions | None = None,
     ):
         self.table, self.rows, self.channels, self.resolution = table, rows, channels, resolution
         self.labels, self.label_names, self.skipped = labels, label_names, list(skipped)
-        self.notes = list(notes)
+        self.notes, self.captions = list(notes), captions
         self._open()
 
     def _open(self) -> None:
@@ -102,7 +105,8 @@ class Images(Sequence[Pixels]):
         """A view of some of the images, in the order given."""
         labels = None if self.labels is None else self.labels[indices]
         rows = self.rows[indices]
-        options = self.channels, self.resolution, labels, self.label_names, self.skipped, self.notes
+        captions = None if self.captions is None else self.captions.select(indices)
+        options = self.channels, self.resolution, labels, self.label_names, self.skipped, self.notes, captions
         return Images(self.table, rows, *options)
 
     @property
@@ -126,11 +130,13 @@ class Images(Sequence[Pixels]):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all pixels, their order and labels: the same wherever and however the same images are stored."""
+        """A hash of all pixels, their order, labels and captions: the same wherever and however they are stored."""
         checksums = self.table.data.column("checksum").to_numpy()[self.rows]
         digest = hashlib.blake2b(checksums.astype("<i8").tobytes(), digest_size=16)
         if self.labels is not None:
             digest.update(repr(self.label_names).encode() + self.labels.astype("<i8").tobytes())
+        if self.captions is not None:
+            digest.update(self.captions.digest)
         return digest.hexdigest()
 
 

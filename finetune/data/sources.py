@@ -50,17 +50,18 @@ class Source:
         return name if inside else f"row {row}" + (f" ({name})" if name else "")
 
 
-def open_source(source: str, output_dir: str | None = None) -> Source:
+def open_source(source: str, output_dir: str | None = None, captioned: bool = False) -> Source:
     """Opens digits, a folder, a saved dataset, files or a hub id.
 
     Args:
         output_dir: where the run will write.
+        captioned: text files beside pictures will be read.
 
     Raises:
         UserError: it cannot be opened, or `output_dir` is among its files; one line.
     """
     with explained(source):
-        return _open(source, output_dir)
+        return _open(source, output_dir, captioned)
 
 
 @contextmanager
@@ -98,12 +99,12 @@ def _explanation(error: BaseException) -> str:
     )
 
 
-def _open(source: str, output_dir: str | None) -> Source:
+def _open(source: str, output_dir: str | None, captioned: bool) -> Source:
     path = os.path.abspath(source)
     if source == "digits":
         return Source({"train": _digits()})
     if os.path.isdir(path):
-        return _open_folder(path, output_dir)
+        return _open_folder(path, output_dir, captioned)
     if files := sorted(filter(os.path.isfile, glob.glob(path, recursive=True))):
         readers = {READERS.get(os.path.splitext(file)[1].lower(), "nothing") for file in files}
         if len(readers) > 1 or not readers <= {"parquet", "arrow", "webdataset"}:
@@ -136,7 +137,7 @@ def _digits() -> datasets.Dataset:
     return datasets.Dataset.from_generator(rows, features=features, fingerprint="finetune-digits-1")
 
 
-def _open_folder(path: str, output_dir: str | None) -> Source:
+def _open_folder(path: str, output_dir: str | None, captioned: bool) -> Source:
     """A saved dataset, or files of one kind in and below a folder.
 
     The splits are those of the README.md's configuration. Without one they are read from names, as train/ and test/, if
@@ -147,13 +148,13 @@ def _open_folder(path: str, output_dir: str | None) -> Source:
         return Source(_saved(path))
     if output_dir is not None:
         check_output(path, output_dir)
-    listing, options = list_folder(path, output_dir), default_configuration(path)
+    listing, options = list_folder(path, output_dir, captioned), default_configuration(path)
     splits = options.files(path, listing.everything)
     if splits is not None:
         listing = listing.restricted_to(splits, f"that the configuration {options.name} of README.md does not name")
     elif options.folder(path) != path:
         path = options.folder(path)
-        listing = list_folder(path, output_dir)
+        listing = list_folder(path, output_dir, captioned)
     if len(listing.files) != 1:
         found = " and ".join(by_kind(files) for files in listing.files.values()) or "nothing to read"
         left_out = f" ({'; '.join(listing.notes)})" if listing.notes and not listing.files else ""

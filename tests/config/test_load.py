@@ -26,6 +26,8 @@ data:
   image_column: image
   label_column: null
   labels: null
+  caption_column: null
+  caption: null
   resolution: null
   crop: center
   random_flip: false
