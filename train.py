@@ -38,7 +38,7 @@ from finetune.core.distributed import (
 )
 from finetune.core.failures import exit_code
 from finetune.core.stopping import Interrupted
-from finetune.data.batches import Batches
+from finetune.data.encoded_batches import find_encodings, make_batches
 from finetune.data.loading import load_data
 from finetune.data.order import WindowSampler
 from finetune.data.workers import make_loader
@@ -47,7 +47,7 @@ from finetune.evaluation.sampling import check_sampling, sampled_names
 from finetune.evaluation.validation import Validation
 from finetune.models.classes import with_classes
 from finetune.models.ema import make_ema
-from finetune.models.unconditional import load_unconditional, outline_unconditional
+from finetune.models.load import load_kind, outline_network
 from finetune.run.recovery import check_finite, explain_failure
 from finetune.run.start import find_start, start_run
 from finetune.run.summary import layout_dependence, peak_throughput, plan, unguided
@@ -56,6 +56,8 @@ from finetune.training.memory import largest_layout, memory_plan, state_plan
 from finetune.training.objective import loss_per_image
 from finetune.training.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
 from finetune.training.soundness import check_compiled, layout_dependent_layers
+
+SHOWN_CAPTIONS = 4  # of the images, drawn where the config names no prompts
 
 
 def main(config: Config, check: bool = False, measure: bool = False) -> int:
@@ -80,16 +82,15 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     use_available_cores(accelerator)
 
     # Model, images, and the moving average of the weights. What the model takes is printed before it is loaded.
-    outline = main_process_first(lambda: outline_unconditional(config.model, config.data.resolution))
+    outline = main_process_first(lambda: outline_network(config.model, config.data.resolution))
     accelerator.print(together(lambda: state_plan(accelerator, outline, layout.num_processes, config.ema.enabled)))
-    kind = main_process_first(lambda: load_unconditional(config.model, config.data.resolution, config.seed))
-    conditional = config.model.class_conditional
-    train_images, held_out = main_process_first(
-        lambda: load_data(config.data, kind.image_format, config.seed, conditional, config.output_dir)
-    )
-    if conditional:
+    kind = main_process_first(lambda: load_kind(config.model, config.data.resolution, config.seed))
+    needed = config.model.class_conditional, config.output_dir, kind.captioned
+    train_images, held_out = main_process_first(lambda: load_data(config.data, kind.image_format, config.seed, *needed))
+    if config.model.class_conditional:
         kind = together(lambda: with_classes(kind, train_images.class_names, config.seed))
-    together(lambda: sampled_names(config.samples, kind))
+    captions = train_images.captions.examples(SHOWN_CAPTIONS) if train_images.captions else []
+    names = together(lambda: sampled_names(config.samples, kind, captions))
     parameters = list(kind.trainable().values())
     kind.network.to(accelerator.device)
     noise_scheduler, ema = kind.noise_scheduler, make_ema(parameters, config.ema)
@@ -98,19 +99,19 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
         layout = largest_layout(accelerator, kind, layout, config.ema.enabled)
         accelerator.gradient_accumulation_steps = layout.gradient_accumulation_steps
 
-    # What it is evaluated by.
-    validation = held_out and Validation(
-        held_out,
-        config.validation.images,
-        config.seed,
-        kind,
-        training.snr_gamma,
-        held_out.classes(kind.class_names) if conditional else None,
-    )
-    quality = None
-    if config.validation.quality is not None and held_out:
-        names = held_out.names() if conditional else [None]
-        quality = together(lambda: Quality(config.validation.quality, held_out, names))
+    # What it is trained on and evaluated by.
+    encodings, encoders, steps = None, kind.encoders(), noise_scheduler.config.num_train_timesteps
+    if encoders is not None:
+        prompts = [name for name in (*names, config.samples.negative_prompt) if name]
+        encodings = together(lambda: find_encodings(config, encoders, train_images, held_out, prompts))
+    batches = make_batches(config, train_images, encodings, steps, kind.class_names)
+    validation = quality = None
+    if held_out:
+        examples = make_batches(config, held_out, encodings, steps, kind.class_names)
+        validation = Validation(examples, config.validation.images, config.seed, kind, training.snr_gamma)
+        if config.validation.quality is not None:
+            told = held_out.names() if kind.conditional else [None]
+            quality = together(lambda: Quality(config.validation.quality, held_out, told))
 
     # Where the run starts: at the newest valid checkpoint, if any. Nothing is written yet.
     start = find_start(config, accelerator, kind, layout, len(train_images), train_images.fingerprint)
@@ -118,6 +119,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     # The plan.
     flops = flops_per_image(kind)
     notes = list(dict.fromkeys([*train_images.notes, *(held_out.notes if held_out else ())]))
+    notes += encodings.notes if encodings else []
     accelerator.print(plan(config, accelerator, layout, kind, len(train_images), len(held_out or ()), notes, flops))
     if layers := layout_dependent_layers(kind.network):
         accelerator.print(layout_dependence(layers))
@@ -130,24 +132,17 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
         return 0
 
     # Loader and optimizer.
+    if encodings is not None:
+        encodings.make(accelerator)
+        kind.remember(encodings.prompts())
     sampler = WindowSampler(len(train_images), config.seed, layout)
-    batches = Batches(
-        train_images,
-        config.seed,
-        noise_scheduler.config.num_train_timesteps,
-        training.timestep_sampling,
-        config.data.crop,
-        config.data.random_flip,
-        train_images.classes(kind.class_names) if conditional else None,
-        training.condition_dropout,
-    )
     loader = make_loader(batches, sampler, config.data.num_workers, pin_memory=accelerator.device.type == "cuda")
     optimizer = make_optimizer(parameters, config.optimizer)
     unet, optimizer, loader = accelerator.prepare(kind.network, optimizer, loader)
     check_compiled(accelerator, unet, kind, layout.micro_batch_size)
 
     # From here on files are written.
-    run = start_run(start, config, accelerator, kind, ema, validation, quality, sampler)
+    run = start_run(start, config, accelerator, kind, ema, validation, quality, names, sampler)
     set_hyperparameters(optimizer, config.optimizer)
     lr_scheduler = make_lr_scheduler(optimizer, config.lr_scheduler, run.length.total_steps, run.state.updates)
 

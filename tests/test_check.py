@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from harness.compare import history, valid_checkpoints
-from harness.configs import KINDS, UNET, tiny_config, write_config, write_pictures
+from harness.configs import KINDS, PIPELINES, UNET, of_kind, tiny_config, write_config, write_pictures
 from harness.processes import run
 
 BLOCKS = st.sampled_from(["", "Attn", "Skip", "AttnSkip", "Resnet", "K"])
@@ -74,12 +74,15 @@ def test_what_passes_the_check_runs_to_its_end(
         "down_block_types": ["DownBlock2D", f"{down}DownBlock2D"],
         "up_block_types": [f"{up}UpBlock2D", "UpBlock2D"],
     }
+    of_its_kind = {"model": {"unet": unet}, **of_kind(kind, pictures[kind])}
+    of_its_kind["model"] = of_its_kind["model"] | {"noise_scheduler": noise_scheduler}
+    if kind in PIPELINES:
+        changes = changes | {"data__crop": "center"}
     options = {
-        "model": {"unet": unet, "noise_scheduler": noise_scheduler},
         "training": {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 3},
         "samples": {"every_steps": 3, "count": 2, "inference_steps": inference_steps},
     }
-    config = tiny_config(pictures[kind], tmp_path / "run", **options | KINDS[kind] | changes)
+    config = tiny_config(pictures[kind], tmp_path / "run", **options | of_its_kind | changes)
     file = write_config(tmp_path / "config.yaml", config)
     checked = run("--config", file, "--check", folder=tmp_path / "printed")
     assert not (tmp_path / "run").exists()

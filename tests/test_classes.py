@@ -195,11 +195,11 @@ def test_a_picture_without_a_label_is_named(tmp_path):
     ("key", "value"), [("samples__labels", [1]), ("samples__guidance_scale", 2.0), ("samples__guidance_scale", [1, 2])]
 )
 def test_settings_of_conditions_need_a_conditional_model(tmp_path, key, value):
-    config = tiny_config(tmp_path, tmp_path / "run", **{key: value})
+    config = tiny_config(write_pictures(tmp_path / "pictures", 2), tmp_path / "run", **{key: value})
     outcome = run("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path)
     assert outcome.returncode == 2
     assert f"{key.replace('__', '.')}: found" in outcome.error
-    assert "expected it with model.class_conditional=true only" in outcome.error
+    assert "expected it with a model that is told classes (model.class_conditional=true)" in outcome.error
 
 
 def test_another_set_of_classes_is_another_run(finished, tmp_path):

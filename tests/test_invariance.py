@@ -19,12 +19,14 @@ BF16 = 2**-7
 
 
 CLASSES = [Case(precision, *case, "classes") for precision in BOUNDS for case in ONCE]
+LATENTS = [Case(precision, *case, "text") for precision in BOUNDS for case in ONCE]
+LATENTS += [Case("float64", *case, "sdxl") for case in ONCE]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     once = [Case(precision, *case) for precision in ("float64", "bf16") for case in ONCE]
-    return run_cases(tmp_path_factory.mktemp("invariance"), FULL + once + CLASSES)
+    return run_cases(tmp_path_factory.mktemp("invariance"), FULL + once + CLASSES + LATENTS)
 
 
 def assert_same_images(runs, case):
@@ -33,7 +35,7 @@ def assert_same_images(runs, case):
     assert slots(runs[case]) == slots(runs[case.reference])
 
 
-@pytest.mark.parametrize("case", [*FULL, *(Case("float64", *case) for case in ONCE), *CLASSES], ids=str)
+@pytest.mark.parametrize("case", [*FULL, *(Case("float64", *case) for case in ONCE), *CLASSES, *LATENTS], ids=str)
 def test_every_layout_is_the_same_run(runs, case):
     assert_same_images(runs, case)
     lines = history(runs[case])

@@ -20,6 +20,7 @@ from finetune.config.fields import (
     NonNegative,
     Path,
     Positive,
+    Prompts,
     RepoId,
     Resume,
     Scales,
@@ -49,7 +50,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     pretrained: Path | None = None
-    """Hub id or folder of the pipeline to fine-tune: a DDPMPipeline or DDIMPipeline of a UNet2DModel."""
+    """Hub id or folder of a DDPMPipeline, DDIMPipeline, StableDiffusionPipeline or StableDiffusionXLPipeline."""
     unet: Mapping | None = None
     """Settings of a diffusers UNet2DModel to train from scratch, instead of `pretrained`."""
     class_conditional: Flag = False
@@ -121,8 +122,10 @@ class TrainingConfig(Section):
     """`stratified`: timesteps that cover their range evenly in each batch; `uniform`: independent draws."""
     snr_gamma: Positive | None = None
     """Gamma of min-SNR loss weighting (Hang et al. 2023), usually 5; null: every timestep weighs the same."""
+    noise_offset: NonNegative = 0.0
+    """Strength of noise that a channel has in all its pixels, in standard deviations, usually 0 to 0.1."""
     condition_dropout: Fraction = 0.1
-    """Share of the images trained without their class, from 0 to below 1; guidance compares with what they teach."""
+    """Share of the images trained without their class or caption, from 0 to below 1, which guidance compares with."""
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite, stop the run or skip the update."""
 
@@ -229,6 +232,10 @@ class SamplesConfig(Section):
     """DDIM steps per image."""
     labels: Labels | None = None
     """Classes to draw, a row of the grid each; null: the first ten."""
+    prompts: Prompts | None = None
+    """Prompts to draw, a row of the grid each; null: the captions of the first images."""
+    negative_prompt: Text | None = None
+    """Prompt that guidance leads away from; null: no prompt."""
     guidance_scale: Scales = 1.0
     """Scale of classifier-free guidance, 1 for none; a list: a block of columns each."""
 
@@ -248,9 +255,6 @@ class LoggingConfig(Section):
 class ExportConfig(Section):
     push_to_hub: RepoId | None = None
     """Hub repository that the pipeline is uploaded to at the end; null: none."""
-
-
-_NEEDS_CLASSES = "expected it with model.class_conditional=true only"
 
 
 class Config(Section):
@@ -288,11 +292,6 @@ class Config(Section):
             yield "checkpoint.keep_best", "found true; expected it with validation.quality, which says what is best"
         if self.validation.quality and not (self.data.validation_fraction or self.data.validation_split):
             yield "validation.quality", "found no held-out images; expected data.validation_fraction above 0 or a split"
-        if not self.model.class_conditional:
-            if self.samples.labels is not None:
-                yield "samples.labels", f"found {short(list(self.samples.labels))}; {_NEEDS_CLASSES}"
-            if self.samples.guidance_scales != (1.0,):
-                yield "samples.guidance_scale", f"found {short(self.samples.guidance_scale)}; {_NEEDS_CLASSES}"
         if self.lr_scheduler.name == "polynomial" and self.optimizer.learning_rate <= 1e-7:
             found = self.optimizer.learning_rate
             yield (

@@ -7,6 +7,16 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 
 Batch = Mapping[str, torch.Tensor]
+"""What a micro-batch of b images holds, by name:
+
+- `noise` (b, C, H, W) as the clean tensor, `timesteps` int64 (b,), `weights` (b,), of every kind of model;
+- pixel models: `images` uint8 (b, C, H, W);
+- latent models: `latents` (b, C, h, w), drawn from the posterior and not scaled; `text` (b, tokens, width), and where
+  the pipeline has them `pooled` (b, width) and `time_ids` (b, 6);
+- conditional models: `dropped` bool (b,), and those of classes `labels` int64 (b,).
+"""
+Arguments = dict[str, Any]  # a network's arguments by name: tensors, or mappings of tensors
+Fields = dict[str, tuple[int, ...]]  # tensors by name, with the shape of one entry
 
 
 class ImageFormat(NamedTuple):
@@ -14,6 +24,44 @@ class ImageFormat(NamedTuple):
 
     channels: int
     resolution: int  # pixels a side
+
+
+class Encoders(Protocol):
+    """Frozen networks that turn images and captions, once, into what the batches of a latent model hold.
+
+    They are loaded when they first encode, and are in memory until `free`.
+
+    Attributes:
+        image_key, text_key: hashes of all that an encoded image or text depends on beside itself.
+        image_fields: what an image becomes: `mean` and `std` of its posterior.
+        text_fields: what a text becomes: `text`, and `pooled` where the pipeline has it.
+        image_chunk, text_chunk: how many are encoded at once: always so many, so that an entry never depends on others.
+        sized: whether the network is told the size and crop of an image.
+    """
+
+    image_key: str
+    text_key: str
+    image_fields: Fields
+    text_fields: Fields
+    image_chunk: int
+    text_chunk: int
+    sized: bool
+
+    def images(self, pixels: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+        """The posteriors of uint8 (b, C, H, W), in float32 on the CPU."""
+        ...
+
+    def texts(self, texts: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
+        """The embeddings of texts, in float32 on the CPU."""
+        ...
+
+    def truncated(self, texts: Sequence[str]) -> list[str]:
+        """Those of the texts that have more tokens than are read."""
+        ...
+
+    def free(self) -> None:
+        """Release the networks' memory."""
+        ...
 
 
 class Kind(Protocol):
@@ -24,6 +72,7 @@ class Kind(Protocol):
         noise_scheduler: noises its inputs, and names its prediction type.
         image_format: what it needs of the data.
         conditional: whether it is told something about an image beside its pixels, which may be dropped.
+        captioned: whether that is a caption.
         class_names: the classes that it knows by name; none unless it is class-conditional.
         made_for: pixels a side that the model came with; None where it names no square.
     """
@@ -32,15 +81,31 @@ class Kind(Protocol):
     noise_scheduler: DDPMScheduler
     image_format: ImageFormat
     conditional: bool
+    captioned: bool
     class_names: list[str]
     made_for: int | None
 
-    def inputs(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The clean tensor that is noised, (b, C, H, W) in [-1, 1], and the network's other arguments by name."""
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
+        """The clean tensor that is noised, (b, C, H, W), and the network's other arguments by name."""
         ...
 
-    def conditions(self, names: Sequence[str | None], device: torch.device) -> dict[str, torch.Tensor]:
-        """The network's other arguments for conditions by name, to sample with; None means unconditional."""
+    def images(self, clean: torch.Tensor) -> torch.Tensor:
+        """The images that clean tensors stand for, (b, C, H, W) in [-1, 1] if the network is right."""
+        ...
+
+    def conditions(self, names: Sequence[str | None], device: torch.device) -> Arguments:
+        """The network's other arguments for conditions by name, to sample with; None means unconditional.
+
+        Classes are known by name; a prompt has to be among those of `remember`.
+        """
+        ...
+
+    def encoders(self) -> Encoders | None:
+        """What encodes images and captions once, before training; None for models of pixels."""
+        ...
+
+    def remember(self, prompts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Keep the embeddings of the prompts that `conditions` will be asked for, and of the empty one."""
         ...
 
     def example(self, count: int) -> dict[str, torch.Tensor]:

@@ -13,7 +13,8 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
     """Makes a micro-batch of its slots. Each value is a function of (seed, epoch, position) and the image.
 
     For a model that is told the class of an image, `labels` has the class of each, int64 (n,); an image's is dropped
-    with the probability `condition_dropout`.
+    with the probability `condition_dropout`. `noise_offset` is the strength of noise that a channel has in all of its
+    pixels (Guttenberg 2023, "Diffusion with Offset Noise").
     """
 
     def __init__(
@@ -26,11 +27,12 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         random_flip: bool,
         labels: Indices | None = None,
         condition_dropout: float = 0.0,
+        noise_offset: float = 0.0,
     ):
         self.images, self.seed, self.resolution = images, seed, images.resolution
         self.num_train_timesteps, self.timestep_sampling = num_train_timesteps, timestep_sampling
         self.crop, self.random_flip = crop, random_flip
-        self.labels, self.condition_dropout = labels, condition_dropout
+        self.labels, self.condition_dropout, self.noise_offset = labels, condition_dropout, noise_offset
 
     def __len__(self) -> int:
         return len(self.images)
@@ -39,36 +41,71 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         """A batch of b slots.
 
         Returns:
-            images: uint8 (b, C, resolution, resolution), contiguous.
-            noise: standard normal, of the same shape, in the default dtype.
+            noise: standard normal, in the default dtype, of the shape of what is noised: (b, C, H, W).
             timesteps: int64 (b,), in 0 .. num_train_timesteps - 1.
             weights: default dtype (b,), 0 for padding.
-            labels: int64 (b,), and dropped: bool (b,), where there are labels.
+            dropped: bool (b,), where there are conditions.
+            And what `content` and `conditions` return.
         """
-        shape = (self.images.channels, self.resolution, self.resolution)
+        shape = self.shape
         noise = torch.empty(len(slots), *shape)
         for place, slot in enumerate(slots):
             noise[place] = randomness.noise(self.seed, slot.epoch, slot.position, shape)
+            if self.noise_offset:
+                channels = (shape[0], 1, 1)
+                offset = randomness.noise(self.seed, slot.epoch, slot.position, channels, "noise offset")
+                noise[place] += self.noise_offset * offset
         timesteps = [
             randomness.timestep(self.seed, slot.epoch, slot.position, self.num_train_timesteps, self.timestep_sampling)
             for slot in slots
         ]
         return {
-            "images": self.read_images(slots),
+            **self.content(slots),
             "noise": noise,
             "timesteps": torch.tensor(timesteps),
             "weights": torch.tensor([slot.weight for slot in slots]),
-            **self._conditions(slots),
+            **self.conditions(slots),
+            **self._dropped(slots),
         }
 
-    def _conditions(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
+    def shown(self, images: list[int], dropped: bool) -> dict[str, torch.Tensor]:
+        """Images without augmentation, with their conditions or without: a batch but for noise, timesteps, weights."""
+        pixels = torch.from_numpy(np.stack([self.images[index] for index in images])).permute(0, 3, 1, 2)
+        if self.labels is None:
+            return {"images": pixels}
+        labels = torch.from_numpy(self.labels[images])
+        return {"images": pixels, "labels": labels, "dropped": torch.full((len(images),), dropped)}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is noised, (C, H, W)."""
+        return self.images.channels, self.resolution, self.resolution
+
+    @property
+    def conditional(self) -> bool:
+        """Whether a batch has conditions, which may be dropped."""
+        return self.labels is not None
+
+    def content(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
+        """What is noised: images, uint8 (b, C, resolution, resolution), contiguous."""
+        return {"images": self.read_images(slots)}
+
+    def conditions(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
+        """What the network is told: labels, int64 (b,), where there are labels."""
         if self.labels is None:
             return {}
-        dropped = [
-            randomness.condition_dropped(self.seed, slot.epoch, slot.position, self.condition_dropout) for slot in slots
-        ]
-        labels = self.labels[[slot.image for slot in slots]]
-        return {"labels": torch.from_numpy(labels), "dropped": torch.tensor(dropped)}
+        return {"labels": torch.from_numpy(self.labels[[slot.image for slot in slots]])}
+
+    def _dropped(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
+        if not self.conditional:
+            return {}
+        seed, probability = self.seed, self.condition_dropout
+        dropped = [randomness.condition_dropped(seed, slot.epoch, slot.position, probability) for slot in slots]
+        return {"dropped": torch.tensor(dropped)}
+
+    def flipped(self, slot: Slot) -> bool:
+        """Whether the image of a slot is mirrored."""
+        return self.random_flip and bool(randomness.uniform(self.seed, "flip", slot.epoch, slot.position, 1)[0] < 0.5)
 
     def read_images(self, slots: list[Slot]) -> torch.Tensor:
         """The images of b slots, cropped and flipped: uint8 (b, C, resolution, resolution)."""
@@ -87,6 +124,6 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
             pixels = pixels[top : top + side, left : left + side]
         else:
             pixels = self.images[slot.image]
-        if self.random_flip and randomness.uniform(self.seed, "flip", slot.epoch, slot.position, 1)[0] < 0.5:
+        if self.flipped(slot):
             pixels = pixels[:, ::-1]
         return pixels

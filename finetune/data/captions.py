@@ -41,6 +41,15 @@ class Captions(NamedTuple):
         """The place in `texts` of an image's first caption, which validation shows."""
         return int(self.rows[self.starts[image]])
 
+    def examples(self, most: int) -> list[str]:
+        """The captions of the first images, each once."""
+        found: dict[str, None] = {}
+        for image in range(len(self.starts) - 1):
+            if len(found) == most:
+                break
+            found[self.texts[self.first(image)]] = None
+        return [*found]
+
     def drawn(self, seed: int, slot: Slot) -> int:
         """The place in `texts` of the caption that a slot is trained with."""
         start, stop = self.starts[slot.image : slot.image + 2]

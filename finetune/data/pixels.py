@@ -101,6 +101,16 @@ class Images(Sequence[Pixels]):
         top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
         return pixels[top : top + side, left : left + side]
 
+    def checksum(self, index: int) -> int:
+        """A hash of an image's pixels and shape."""
+        return int(self.table.data.column("checksum")[int(self.rows[index])].as_py())
+
+    def original_size(self, index: int) -> tuple[int, int]:
+        """Width and height of an image's picture, before it was resized."""
+        columns = (self.table.data.column(f"original_{side}") for side in ("width", "height"))
+        width, height = (int(column[int(self.rows[index])].as_py()) for column in columns)
+        return width, height
+
     def select(self, indices: Indices) -> "Images":
         """A view of some of the images, in the order given."""
         labels = None if self.labels is None else self.labels[indices]
@@ -121,7 +131,9 @@ class Images(Sequence[Pixels]):
         return np.array([places[name] for name in self.names()], dtype=np.int64)
 
     def names(self) -> list[str]:
-        """The name of each image's class."""
+        """What a model is told of each image: its first caption where it has captions, else the name of its class."""
+        if self.captions is not None:
+            return [self.captions.texts[self.captions.first(image)] for image in range(len(self))]
         assert self.labels is not None
         return [self._class_name(label) for label in self.labels.tolist()]
 
@@ -130,13 +142,14 @@ class Images(Sequence[Pixels]):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all pixels, their order, labels and captions: the same wherever and however they are stored."""
+        """A hash of all pixels, their order, labels, captions and sizes: the same wherever they are stored."""
         checksums = self.table.data.column("checksum").to_numpy()[self.rows]
         digest = hashlib.blake2b(checksums.astype("<i8").tobytes(), digest_size=16)
         if self.labels is not None:
             digest.update(repr(self.label_names).encode() + self.labels.astype("<i8").tobytes())
-        if self.captions is not None:
-            digest.update(self.captions.digest)
+        if self.captions is not None:  # models that read them may be told the pictures' sizes
+            sizes = [self.table.data.column(f"original_{side}").to_numpy()[self.rows] for side in ("width", "height")]
+            digest.update(self.captions.digest + np.stack(sizes).astype("<i8").tobytes())
         return digest.hexdigest()
 
 

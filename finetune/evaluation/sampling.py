@@ -1,11 +1,13 @@
 """Samples from starting noise that stays the same for the whole run."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from finetune.config.fields import short
 from finetune.config.schema import SamplesConfig
 from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Kind
@@ -16,14 +18,21 @@ from finetune.evaluation.rounds import as_pixels, evaluating, rounds
 DEFAULT_ROWS = 10  # classes that are sampled where the config names none
 
 
-def sampled_names(options: SamplesConfig, kind: Kind) -> list[str | None]:
+def sampled_names(options: SamplesConfig, kind: Kind, captions: Sequence[str] = ()) -> list[str | None]:
     """The conditions that the sample grid has a row for; one row without a condition for an unconditional model.
 
+    Args:
+        captions: prompts for a model that is told captions, where the config names none.
+
     Raises:
-        UserError: if `samples.labels` names a class that the model does not have.
+        UserError: if `samples.labels` names a class that the model does not have, or if the model is not told what
+            `samples` asks for.
     """
+    _check_asked(options, kind)
     if not kind.conditional:
         return [None]
+    if kind.captioned:
+        return [*(options.prompts or captions)]
     names = [str(label) for label in options.labels or kind.class_names[:DEFAULT_ROWS]]
     if unknown := [name for name in names if name not in kind.class_names]:
         listed = ", ".join(kind.class_names[:20]) + (", ..." if len(kind.class_names) > 20 else "")
@@ -31,6 +40,27 @@ def sampled_names(options: SamplesConfig, kind: Kind) -> list[str | None]:
             f"samples.labels: found {', '.join(unknown)}; expected classes of the model, which has {listed}"
         )
     return [*names]
+
+
+def _check_asked(options: SamplesConfig, kind: Kind) -> None:
+    told = "captions" if kind.captioned else "classes" if kind.conditional else "nothing"
+    asked: tuple[tuple[str, str | None, Any], ...] = (
+        ("labels", "classes", options.labels),
+        ("prompts", "captions", options.prompts),
+        ("negative_prompt", "captions", options.negative_prompt),
+        ("guidance_scale", None, options.guidance_scale if options.guidance_scales != (1.0,) else None),
+    )
+    for key, needed, given in asked:
+        if given is not None and (told == "nothing" or needed not in (None, told)):
+            expected = {
+                "classes": "classes (model.class_conditional=true)",
+                "captions": "captions (text-to-image)",
+                None: "classes (model.class_conditional=true) or captions (text-to-image)",
+            }[needed]
+            given = list(given) if isinstance(given, tuple) else given
+            raise UserError(
+                f"samples.{key}: found {short(given)}; expected it with a model that is told {expected} only"
+            )
 
 
 @torch.no_grad()
@@ -43,6 +73,7 @@ def sample(
     inference_steps: int,
     guidance_scale: float = 1.0,
     purpose: str = "samples",
+    negative: str | None = None,
 ) -> Pixels:
     """An image for each of `names` by DDIM, from starting noise that the seed alone decides: uint8 (n, H, W, C).
 
@@ -53,9 +84,12 @@ def sample(
         names: the condition of each image; None is unconditional.
         guidance_scale: of classifier-free guidance; 1 turns it off.
         purpose: names the stream of the starting noise.
+        negative: the prompt that guidance leads away from; None: no condition.
     """
     clean, _ = kind.inputs(kind.example(1))
-    images = torch.zeros(len(names), *clean.shape[1:], device=accelerator.device)
+    channels, side = kind.image_format
+    images = torch.zeros(len(names), channels, side, side, device=accelerator.device)
+    drawn: dict[range, torch.Tensor] = {}
     ddim = DDIMScheduler.from_config(kind.noise_scheduler.config)
     ddim.set_timesteps(inference_steps)
     with evaluating(kind.network):
@@ -66,16 +100,24 @@ def sample(
             for timestep in ddim.timesteps:
                 check()
                 if chunk is not None:
-                    output = _guided(kind, x, timestep, names[chunk.start : chunk.stop], guidance_scale)
+                    output = _guided(kind, x, timestep, names[chunk.start : chunk.stop], guidance_scale, negative)
                     # DDIM that clips the image has to derive the noise from the clipped image, or guidance ruins it.
                     x = ddim.step(output, timestep, x, use_clipped_model_output=kind.conditional).prev_sample
             if chunk is not None:
-                images[chunk.start : chunk.stop] = x
+                drawn[chunk] = x
+    if drawn:  # all at once, since a model of latents loads what makes images of them
+        decoded = kind.images(torch.cat([*drawn.values()]))
+        images[[index for chunk in drawn for index in chunk]] = decoded.to(images.dtype)
     return as_pixels(accelerator.reduce(images, "sum"))  # each is 0 on all processes but one
 
 
 def _guided(
-    kind: Kind, x: torch.Tensor, timestep: torch.Tensor, names: Sequence[str | None], guidance_scale: float
+    kind: Kind,
+    x: torch.Tensor,
+    timestep: torch.Tensor,
+    names: Sequence[str | None],
+    guidance_scale: float,
+    negative: str | None = None,
 ) -> torch.Tensor:
     """The network's output under classifier-free guidance, uncond + w (cond - uncond), of the shape of `x`.
 
@@ -84,7 +126,7 @@ def _guided(
     """
     if guidance_scale == 1:
         return kind.network(x, timestep, **kind.conditions(names, x.device)).sample
-    conditions = kind.conditions([*names, *[None] * len(names)], x.device)
+    conditions = kind.conditions([*names, *[negative] * len(names)], x.device)
     with_condition, without = kind.network(torch.cat([x, x]), timestep, **conditions).sample.chunk(2)
     return without + guidance_scale * (with_condition - without)
 

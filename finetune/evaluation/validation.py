@@ -1,6 +1,6 @@
 """Validation loss with fixed noise and timesteps, and what the network predicts at each noise level."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from finetune.core.kind import Kind
 from finetune.core.randomness import noise
+from finetune.data.batches import Batches
 from finetune.data.pixels import Pixels
 from finetune.evaluation.rounds import CHUNK, as_pixels, evaluating, rounds
 from finetune.training.objective import loss_per_image, predicted_images
@@ -28,22 +29,13 @@ class Prediction(NamedTuple):
 class Validation:
     """Held-out images with noise and timesteps fixed for the whole run, the timesteps spread evenly over the range."""
 
-    def __init__(
-        self,
-        images: Sequence[Pixels],
-        count: int,
-        seed: int,
-        kind: Kind,
-        snr_gamma: float | None,
-        labels: npt.NDArray[np.int64] | None = None,
-    ):
+    def __init__(self, examples: Batches, count: int, seed: int, kind: Kind, snr_gamma: float | None):
         """Draw i of `count` shows held-out image i mod n at timestep floor(T (i + 1/2) / count).
 
         Args:
-            images: the held-out images, each uint8 (H, W, C) at the training resolution.
-            labels: the class of each, for a model that is told it.
+            examples: of the held-out images, shown without augmentation; a latent is its posterior's mean.
         """
-        self.images, self.seed, self.kind, self.snr_gamma, self.labels = images, seed, kind, snr_gamma, labels
+        self.examples, self.seed, self.kind, self.snr_gamma = examples, seed, kind, snr_gamma
         self.timesteps = self._spread(count)
 
     @torch.no_grad()
@@ -62,7 +54,7 @@ class Validation:
                 check()
                 if chunk is None:
                     continue
-                shown = [draw % len(self.images) for draw in chunk]
+                shown = [draw % len(self.examples) for draw in chunk]
                 timesteps = self.timesteps[chunk.start : chunk.stop]
                 made = self._predict(accelerator.device, shown, chunk, timesteps, dropped)
                 losses[chunk.start : chunk.stop] = loss_per_image(
@@ -79,7 +71,7 @@ class Validation:
         with evaluating(self.kind.network):
             made = self._predict(device, [0] * CHUNK, range(CHUNK), self._spread(CHUNK))
         clean = predicted_images(self.kind.noise_scheduler, made.output, made.noisy, made.timesteps)
-        return as_pixels(torch.cat([made.noisy, clean]))
+        return as_pixels(self.kind.images(torch.cat([made.noisy, clean])))
 
     @property
     def noise_levels(self) -> list[str]:
@@ -98,11 +90,10 @@ class Validation:
         timesteps: npt.NDArray[np.int64],
         dropped: bool = False,
     ) -> Prediction:
-        pixels = torch.from_numpy(np.stack([self.images[index] for index in shown])).permute(0, 3, 1, 2)
-        drawn = torch.stack([noise(self.seed, 0, draw, tuple(pixels.shape[1:]), "validation") for draw in draws])
-        batch = {"images": pixels, "noise": drawn, "timesteps": torch.from_numpy(timesteps)}
-        if self.labels is not None:
-            batch |= {"labels": torch.from_numpy(self.labels[shown]), "dropped": torch.full((len(shown),), dropped)}
+        shape = self.examples.shape
+        drawn = torch.stack([noise(self.seed, 0, draw, shape, "validation") for draw in draws])
+        batch = {"noise": drawn, "timesteps": torch.from_numpy(timesteps)}
+        batch |= self.examples.shown(shown, dropped)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         clean, conditions = self.kind.inputs(batch)
         noisy = self.kind.noise_scheduler.add_noise(clean, batch["noise"], batch["timesteps"])

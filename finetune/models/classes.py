@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from finetune.core.errors import UserError
-from finetune.core.kind import Batch
+from finetune.core.kind import Arguments, Batch
 from finetune.core.randomness import noise
 from finetune.models.class_pipeline import ClassConditionalPipeline
 from finetune.models.unconditional import Unconditional
@@ -60,13 +60,13 @@ class ClassConditional(Unconditional):
         super().__init__(network, noise_scheduler, made_for)
         self.class_names = list(class_names)
 
-    def inputs(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
         """The images in [-1, 1], (b, C, H, W), and `class_labels`, (b,): the row of "no class" where it is dropped."""
         clean, _ = super().inputs(batch)
         no_class = len(self.class_names)
         return clean, {"class_labels": batch["labels"].masked_fill(batch["dropped"], no_class)}
 
-    def conditions(self, names: Sequence[str | None], device: torch.device) -> dict[str, torch.Tensor]:
+    def conditions(self, names: Sequence[str | None], device: torch.device) -> Arguments:
         """`class_labels` for classes by name; None is "no class"."""
         rows = {name: row for row, name in enumerate(self.class_names)} | {None: len(self.class_names)}
         return {"class_labels": torch.tensor([rows[name] for name in names], device=device)}

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,8 +15,23 @@ from huggingface_hub import create_repo, upload_folder
 from finetune.core.errors import UserError, first_line
 from finetune.core.files import writing
 
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model|pytorch_model)(\.\w+)??(-\d+-of-\d+)?\.(safetensors|bin)")
 
-def pipeline_folder(name: str, pipeline_class: type[DiffusionPipeline]) -> Path:
+
+def variant(folder: Path) -> str | None:
+    """The variant of a component's weights to load: None unless a folder has only variants, such as fp16."""
+    matches = [match for file in folder.glob("*") if (match := _WEIGHTS.fullmatch(file.name))]
+    found = {(match[2] or "").lstrip(".") for match in matches}
+    return None if not found or "" in found else min(found)
+
+
+def is_loaded(name: str, chosen: str | None) -> bool:
+    """Whether a file's name is that of weights of the chosen variant."""
+    match = _WEIGHTS.fullmatch(name)
+    return match is not None and (match[2] or "").lstrip(".") == (chosen or "")
+
+
+def pipeline_folder(name: str) -> Path:
     """The folder of a pipeline: `name` itself if it is one, else what the hub has under it.
 
     Raises:
@@ -24,7 +40,7 @@ def pipeline_folder(name: str, pipeline_class: type[DiffusionPipeline]) -> Path:
     if os.path.isdir(name):
         return Path(name)
     try:
-        return Path(pipeline_class.download(name))
+        return Path(DiffusionPipeline.download(name))
     except Exception as error:  # the hub's client raises a dozen, from a malformed id to no route to the host
         raise UserError(
             f"model.pretrained: {name!r} is not a local folder, and the download failed ({first_line(error)}); give "

@@ -1,22 +1,21 @@
 """Unconditional pixel models: a UNet2DModel and its noise scheduler."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from finetune.config.schema import ModelConfig
-from finetune.core.errors import UserError, first_line
-from finetune.core.failures import is_out_of_memory
-from finetune.core.kind import Batch, ImageFormat
+from finetune.core.kind import Arguments, Batch, Encoders, ImageFormat
+from finetune.models.checks import check_finite, check_forward
 from finetune.models.hub import check_keys
 from finetune.models.noise_schedulers import build_noise_scheduler
 from finetune.models.unet import (
     build_unet,
     check_unet,
     load_unet,
-    outline_unet,
+    outline,
     own_resolution,
     read_pretrained,
     training_resolution,
@@ -40,7 +39,7 @@ class Unconditional:
         stored_class_names: classes that the pretrained pipeline names, if its network has an embedding of them.
     """
 
-    conditional = False
+    conditional = captioned = False
 
     def __init__(
         self,
@@ -53,16 +52,27 @@ class Unconditional:
         self.stored_class_names, self.class_names = stored_class_names, list[str]()
         self.image_format = ImageFormat(network.config.in_channels, network.config.sample_size)
 
-    def inputs(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
         """The images in [-1, 1], (b, C, H, W), and no other arguments.
 
         The uint8 pixels become floats here, on the device, at a quarter of the transfer.
         """
         return batch["images"].to(batch["noise"].dtype) / 127.5 - 1.0, {}
 
-    def conditions(self, names: Sequence[str | None], device: torch.device) -> dict[str, torch.Tensor]:
+    def images(self, clean: torch.Tensor) -> torch.Tensor:
+        """The same: this network denoises pixels."""
+        return clean
+
+    def conditions(self, names: Sequence[str | None], device: torch.device) -> Arguments:
         """None: there is nothing to tell this network."""
         return {}
+
+    def encoders(self) -> Encoders | None:
+        """None: pixels are trained on as they are."""
+        return None
+
+    def remember(self, prompts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Nothing: there are no prompts for this network."""
 
     def example(self, count: int) -> dict[str, torch.Tensor]:
         """A batch of `count` blank images as the data would make it, on the CPU."""
@@ -109,17 +119,21 @@ def outline_unconditional(config: ModelConfig, resolution: int | None) -> Uncond
     """
     if config.pretrained is not None:
         pretrained = read_pretrained(config.pretrained)
-        unet = outline_unet(pretrained.config, f"model.pretrained: {pretrained.folder / 'config.json'}")
+        unet = outline(UNet2DModel, pretrained.config, f"model.pretrained: {pretrained.folder / 'config.json'}")
     else:
         pretrained = None
         check_keys("model.unet", config.unet or {}, UNet2DModel)
-        unet = outline_unet(config.unet or {}, "model.unet")
+        unet = outline(UNet2DModel, config.unet or {}, "model.unet")
     noise_scheduler = build_noise_scheduler(pretrained.scheduler_config if pretrained else {}, config.noise_scheduler)
     check_unet(unet, noise_scheduler, config)
     made_for = own_resolution(unet.config.sample_size)
     unet.register_to_config(sample_size=training_resolution(unet, resolution))
     kind = Unconditional(unet, noise_scheduler, made_for, pretrained.class_names if pretrained else None)
-    _check_forward(kind)
+    size = kind.image_format.resolution
+    problem = f"model: a UNet2DModel of this config cannot denoise images of {size} x {size} pixels"
+    with torch.device("meta"):
+        clean, _ = kind.inputs(kind.example(1))
+        check_forward(unet, clean, _unnamed_classes(unet, 1), problem)
     return kind
 
 
@@ -141,47 +155,14 @@ def load_unconditional(config: ModelConfig, resolution: int | None, seed: int) -
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     kind.network = unet.train()
-    _check_finite(kind)
+    side = min(
+        kind.image_format.resolution, 2 ** len(unet.config.block_out_channels)
+    )  # 2 pixels at the lowest resolution
+    clean = torch.zeros(2, kind.image_format.channels, side, side)
+    check_finite(unet, kind.noise_scheduler, clean, _unnamed_classes(unet, 2))
     return kind
 
 
-def _check_forward(kind: Unconditional) -> None:
-    """Not all blocks that can be built fit together; tried on tensors without memory."""
-    size = kind.image_format.resolution
-    problem = f"model: a UNet2DModel of this config cannot denoise images of {size} x {size} pixels"
-    with torch.device("meta"):
-        clean, _ = kind.inputs(kind.example(1))
-        try:
-            output = _denoise(kind.network, clean, torch.zeros(1, dtype=torch.long))
-        except Exception as error:  # whatever a block does with a tensor that it was not made for
-            raise UserError(f"{problem}: {first_line(error)}") from error
-    if output.shape != clean.shape:
-        raise UserError(f"{problem}: it maps {tuple(clean.shape)} to {tuple(output.shape)}")
-
-
-@torch.no_grad()
-def _check_finite(kind: Unconditional) -> None:
-    """Some settings divide by zero, and weights may be damaged; tried at the first and the last timestep on images of
-    the fewest pixels that leave two a side at the lowest resolution."""
-    network, last = kind.network.eval(), kind.noise_scheduler.config.num_train_timesteps - 1
-    channels, resolution = kind.image_format
-    side = min(resolution, 2 ** len(network.config.block_out_channels))
-    try:
-        output = _denoise(network, torch.zeros(2, channels, side, side), torch.tensor([0, last]))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return  # the memory plan has better advice
-    finally:
-        network.train()
-    if not output.isfinite().all():
-        raise UserError(
-            f"model: the network's prediction is not finite at timestep 0 or {last}, before any training; expected "
-            "finite weights, and settings that do not divide by zero (freq_shift, mid_block_scale_factor, norm_eps)"
-        )
-
-
-def _denoise(network: UNet2DModel, images: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """The prediction of a network whose classes, if it has an embedding of them, are not named yet: for the first."""
-    labelled = network.class_embedding is not None
-    return network(images, timesteps, torch.zeros_like(timesteps) if labelled else None).sample
+def _unnamed_classes(network: UNet2DModel, count: int) -> Arguments:
+    """Where the network has an embedding of classes, which are named later: the first one."""
+    return {} if network.class_embedding is None else {"class_labels": torch.zeros(count, dtype=torch.long)}

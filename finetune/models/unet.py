@@ -1,15 +1,14 @@
 """UNet2DModel: loaded from a pipeline or built from a config, and checked before it is trained."""
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 
 from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError, first_line
-from finetune.models.hub import pipeline_folder, read_json
+from finetune.models.hub import pipeline_folder, read_json, variant
 from finetune.models.noise_schedulers import check_scheduler
 
 
@@ -33,7 +32,7 @@ def read_pretrained(name: str) -> Pretrained:
     Raises:
         UserError: if it is no pipeline of such a network.
     """
-    folder = pipeline_folder(name, DDPMPipeline)
+    folder = pipeline_folder(name)
     index = read_json(folder / "model_index.json", name, "a folder of a DDPM pipeline, as diffusers saves it")
     components = {part: value for part, value in index.items() if not part.startswith("_") and part != "id2label"}
     if components.get("unet") != ["diffusers", "UNet2DModel"] or set(components) != {"unet", "scheduler"}:
@@ -64,7 +63,7 @@ def load_unet(folder: Path) -> UNet2DModel:
             dtype=torch.get_default_dtype(),
             local_files_only=True,
             output_loading_info=True,
-            variant=_variant(folder),
+            variant=variant(folder),
         )
     except Exception as error:  # diffusers, safetensors and torch each raise their own for an unreadable file
         raise UserError(
@@ -91,15 +90,6 @@ def _class_names(index: dict[str, Any], config: dict[str, Any], name: str) -> li
     return [str(named[row]) for row in rows]
 
 
-def _variant(folder: Path) -> str | None:
-    """The variant of the weights to load: None unless a folder has only variants, such as fp16."""
-    names = [file.name for file in folder.glob("diffusion_pytorch_model*")]
-    if any(re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.(safetensors|bin)", name) for name in names):
-        return None
-    found = [re.match(r"diffusion_pytorch_model\.(\w+)(-\d+-of-\d+)?\.(safetensors|bin)$", name) for name in names]
-    return min((match[1] for match in found if match), default=None)
-
-
 def build_unet(config: dict[str, Any], seed: int) -> UNet2DModel:
     """A UNet2DModel from its config, with initial weights that the seed decides."""
     with torch.random.fork_rng(devices=[]):  # the seed decides the weights; the global generator is left as it was
@@ -107,10 +97,11 @@ def build_unet(config: dict[str, Any], seed: int) -> UNet2DModel:
         return UNet2DModel(**config)
 
 
-def outline_unet(config: dict[str, Any], where: str) -> UNet2DModel:
-    """A UNet2DModel of a config on the meta device: its shapes, without memory for weights.
+def outline(model_class: type[Any], config: dict[str, Any], where: str) -> Any:
+    """A network of a config on the meta device: its shapes, without memory for weights.
 
     Args:
+        model_class: of diffusers.
         where: the key or file that holds the config, for the error.
 
     Raises:
@@ -118,9 +109,9 @@ def outline_unet(config: dict[str, Any], where: str) -> UNet2DModel:
     """
     try:
         with torch.device("meta"):
-            return UNet2DModel.from_config(config)
+            return model_class.from_config(config)
     except Exception as error:  # whatever a wrong value leads to
-        raise UserError(f"{where}: UNet2DModel cannot be built from it: {first_line(error)}") from error
+        raise UserError(f"{where}: {model_class.__name__} cannot be built from it: {first_line(error)}") from error
 
 
 def check_unet(unet: UNet2DModel, noise_scheduler: DDPMScheduler, model: ModelConfig) -> None:

@@ -1,5 +1,6 @@
 """What is evaluated between updates, and when: validation, samples, and the quality of samples."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from finetune.core.stopping import StopCheck
 from finetune.data.pixels import Pixels
 from finetune.evaluation import pictures
 from finetune.evaluation.quality import Quality
-from finetune.evaluation.sampling import sample, sampled_names
+from finetune.evaluation.sampling import sample
 from finetune.evaluation.validation import Validation
 from finetune.models.ema import averaged_weights
 from finetune.run.report import Report
@@ -32,6 +33,7 @@ class Evaluator:
     ema: EMAModel | None
     validation: Validation | None
     quality: Quality | None
+    names: Sequence[str | None]  # the conditions that samples are drawn for
     check_stop: StopCheck
     report: Report
 
@@ -80,7 +82,7 @@ class Evaluator:
         self.report.log(step, {name: float(value) for name, value in scalars.items()})
 
     def _draw(self, step: int) -> None:
-        options, rows = self.config.samples, sampled_names(self.config.samples, self.kind)
+        options, rows = self.config.samples, self.names
         names = [name for name in rows for _ in range(-(-options.count // len(rows)))]
         with self._averaged():
             blocks = [self._sample(names, scale, "samples") for scale in options.guidance_scales]
@@ -100,6 +102,9 @@ class Evaluator:
         self.report.log(step, {f"validation/{name}": value for name, value in distances.items()})
         return distances["kernel_distance"]
 
-    def _sample(self, names: list[str | None], guidance_scale: float, purpose: str) -> Pixels:
+    def _sample(self, names: Sequence[str | None], guidance_scale: float, purpose: str) -> Pixels:
         seed, steps = self.config.seed, self.config.samples.inference_steps
-        return sample(self.kind, self.accelerator, self.check_stop, seed, names, steps, guidance_scale, purpose)
+        negative = self.config.samples.negative_prompt
+        return sample(
+            self.kind, self.accelerator, self.check_stop, seed, names, steps, guidance_scale, purpose, negative
+        )

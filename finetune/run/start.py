@@ -1,6 +1,7 @@
 """The start of a run: where it starts is found first, without writing anything; then its folder is taken."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,14 @@ def start_run(
     ema: EMAModel | None,
     validation: Validation | None,
     quality: Quality | None,
+    names: Sequence[str | None],
     sampler: WindowSampler,
 ) -> Run:
     """Lock the output folder, load the checkpoint that was found, and open the report. Called by all processes.
 
     Args:
         kind: with its network on the device; network and optimizer are prepared by the Accelerator.
+        names: the conditions that samples are drawn for.
 
     Raises:
         UserError: if another run holds the folder, or it cannot be written, or the checkpoint cannot be loaded.
@@ -151,7 +154,7 @@ def start_run(
         accelerator=accelerator,
         kind=kind,
         ema=ema,
-        evaluator=Evaluator(config, accelerator, kind, ema, validation, quality, check_stop, report),
+        evaluator=Evaluator(config, accelerator, kind, ema, validation, quality, names, check_stop, report),
         sampler=sampler,
         length=start.length,
         identity=start.identity,

@@ -96,7 +96,7 @@ def unguided(config: Config, kind: Kind) -> str | None:
         return None
     return (
         "Note: samples are guided, but training.condition_dropout is 0: the model does not learn what images look like "
-        "without a class, which guidance compares with"
+        "without a class or caption, which guidance compares with"
     )
 
 
@@ -192,11 +192,12 @@ def _recipe(config: Config) -> str:
 
 def model_card(config: Config, kind: Kind, rows: dict[str, str], picture: str | None) -> str:
     """The exported pipeline's README: origin, use, results, recipe. It names no path of this machine."""
+    task = "text-to-image" if kind.captioned else "unconditional-image-generation"
     base, source, averaged = config.model.pretrained, config.data.source, config.ema.enabled
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["diffusers", "unconditional-image-generation"],
+        pipeline_tag=task,
+        tags=["diffusers", task],
         base_model=None if base is None or _is_local(base) else base,
     )
     origin = "Trained from scratch" if base is None else f"Fine-tuned from `{_published(base)}`"

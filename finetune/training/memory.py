@@ -30,20 +30,21 @@ def weight_bytes(kind: Kind) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in kind.trainable().values())
 
 
-def state_bytes(kind: Kind, averaged: bool) -> int:
+def state_bytes(network: torch.nn.Module, averaged: bool) -> int:
     """Bytes that training holds throughout: weights, gradients, AdamW's two moments, and the moving average.
 
     Frozen weights count once: they have neither gradients nor moments.
     """
-    total = sum(parameter.numel() * parameter.element_size() for parameter in kind.network.parameters())
-    return total + (4 if averaged else 3) * weight_bytes(kind)
+    more = 4 if averaged else 3
+    parameters = list(network.parameters())
+    return sum(each.numel() * each.element_size() * (1 + more * each.requires_grad) for each in parameters)
 
 
-def state_plan(accelerator: Accelerator, outline: Kind, num_processes: int, averaged: bool) -> str:
+def state_plan(accelerator: Accelerator, outline: torch.nn.Module, num_processes: int, averaged: bool) -> str:
     """What training will hold throughout, said before any of it is allocated.
 
     Args:
-        outline: the model on the meta device.
+        outline: the network on the meta device.
         num_processes: that share the memory of a CPU.
 
     Raises:
@@ -56,7 +57,7 @@ def state_plan(accelerator: Accelerator, outline: Kind, num_processes: int, aver
         free = torch.accelerator.get_memory_info(device)[0]
     else:
         free = float("inf")
-    parameters = sum(parameter.numel() for parameter in outline.network.parameters())
+    parameters = sum(parameter.numel() for parameter in outline.parameters())
     if state > free:
         raise UserError(
             f"model: found {parameters / 1e6:.2f} M parameters, whose weights, gradients, optimizer and average take "
@@ -162,7 +163,7 @@ def memory_plan(accelerator: Accelerator, kind: Kind, layout: BatchLayout, avera
         return trials
 
     peak = together(try_update).peak()
-    state, image = state_bytes(kind, averaged), activation_bytes(kind)
+    state, image = state_bytes(kind.network, averaged), activation_bytes(kind)
     total, how = (state + size * image, "by calculation") if peak is None else (peak, "measured in a trial update")
     where = "" if accelerator.device.type == "cpu" else f" of {accelerator.device.type} memory"
     return (

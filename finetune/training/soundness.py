@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
+from accelerate.utils.operations import recursively_apply
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -134,7 +135,7 @@ def _loss(
     steps = kind.noise_scheduler.config.num_train_timesteps
     timesteps = torch.tensor([(2 * index + 1) * steps // (2 * count) for index in images], device=device)
     noisy = kind.noise_scheduler.add_noise(clean, drawn, timesteps).to(dtype)
-    conditions = {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditions.items()}
+    conditions = recursively_apply(lambda value: value.to(dtype) if value.is_floating_point() else value, conditions)
     prediction = network(noisy, timesteps, **conditions).sample
     return (prediction - drawn.to(dtype)).square().mean() * (len(images) / count)
 

@@ -17,7 +17,7 @@ from table import head, row
 
 from finetune.run import checkpoint
 from harness.compare import differing, history
-from harness.configs import KINDS, evaluated_config, write_config, write_pictures
+from harness.configs import KINDS, evaluated_config, of_kind, write_config, write_pictures
 from harness.processes import finish, start
 
 EPOCHS, STEPS = 10, 30  # of 8 + 8 + 1 images
@@ -44,7 +44,7 @@ def main(kills: int, seed: int, kind: str) -> int:
     images, log = write_pictures(base / "pictures", 19, kind=kind), base / "log"
 
     def config_of(run: Path) -> Path:
-        config = evaluated_config(images, run, training__num_epochs=EPOCHS, **KINDS[kind])
+        config = evaluated_config(images, run, training__num_epochs=EPOCHS, **of_kind(kind, images))
         return write_config(run.with_suffix(".yaml"), config)
 
     started = time.monotonic()

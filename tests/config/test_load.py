@@ -45,6 +45,7 @@ training:
   max_grad_norm: 1.0
   timestep_sampling: stratified
   snr_gamma: null
+  noise_offset: 0.0
   condition_dropout: 0.1
   nonfinite_loss: stop
 optimizer:
@@ -79,6 +80,8 @@ samples:
   count: 16
   inference_steps: 40
   labels: null
+  prompts: null
+  negative_prompt: null
   guidance_scale: 1.0
 logging:
   every_steps: 1

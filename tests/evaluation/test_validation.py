@@ -11,6 +11,7 @@ from finetune.core.stopping import Interrupted, StopCheck
 from finetune.evaluation.rounds import CHUNK
 from finetune.evaluation.validation import Validation
 from finetune.models.unconditional import load_unconditional
+from harness.batches import as_images, batches
 from harness.configs import UNET
 from harness.faults import RequestedAt
 
@@ -25,7 +26,7 @@ def never() -> None: ...
 def validation():
     options = {"num_train_timesteps": 100}
     kind = load_unconditional(ModelConfig(unet=UNET, noise_scheduler=options), None, 0)
-    return Validation(list(IMAGES), DRAWS, 3, kind, None)
+    return Validation(batches(as_images(IMAGES)), DRAWS, 3, kind, None)
 
 
 def predict_nothing(kind):

@@ -38,16 +38,33 @@ def png(size: tuple[int, int] = (8, 8), seed: int = 0) -> bytes:
 KINDS = {  # changes that make a run one of each kind of model
     "unconditional": {},
     "classes": {"model__class_conditional": True, "training__condition_dropout": 0.3},
+    "text": {"training__condition_dropout": 0.3},
+    "sdxl": {"training__condition_dropout": 0.3},
 }
+PIPELINES = {"text": {}, "sdxl": {"xl": True}}  # of the kinds that are trained from a pipeline's folder
 CLASSES = ("cat", "dog", "emu")
 
 
+def of_kind(kind: str, pictures: Path) -> dict[str, Any]:
+    """Changes that make a run one of a kind of model; its pipeline, if it has one, is saved beside the pictures."""
+    if kind not in PIPELINES:
+        return KINDS[kind]
+    from harness.pipelines import save_pipeline
+
+    folder = save_pipeline(pictures.with_name(f"{pictures.name}-{kind}"), **PIPELINES[kind])
+    return {"model": {"pretrained": folder}, **KINDS[kind]}
+
+
 def write_pictures(folder: Path, count: int, size: tuple[int, int] = (8, 8), kind: str = "unconditional") -> Path:
-    """`count` different grey PNG files; for a model of classes in a folder for each class in turn."""
+    """`count` different grey PNG files; for a model of classes in a folder for each class in turn, for one of texts
+    beside their captions, of which every third has two."""
     for index in range(count):
-        home = folder / CLASSES[index % len(CLASSES)] if kind == "classes" else folder
+        name = CLASSES[index % len(CLASSES)]
+        home = folder / name if kind == "classes" else folder
         home.mkdir(parents=True, exist_ok=True)
         picture(size, index).save(home / f"{index:04}.png")
+        if kind in PIPELINES:
+            (home / f"{index:04}.txt").write_text(f"a {name}\n" + ("an emu\n" if index % 3 == 2 else ""))
     return folder
 
 

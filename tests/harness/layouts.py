@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.configs import KINDS, tiny_config, write_config, write_pictures
+from harness.configs import PIPELINES, of_kind, tiny_config, write_config, write_pictures
 from harness.processes import launch
 
 EPOCHS = 3
@@ -87,11 +87,12 @@ def run_cases(base: Path, cases: Iterable[Case]) -> dict[Case, Path]:
 
 def _config(base: Path, case: Case) -> dict:
     _, micro, steps = case.layout
+    pictures = write_pictures(base / f"{case.kind}-{case.images}", case.images, (10, 8), case.kind)
     return tiny_config(
-        write_pictures(base / f"{case.kind}-{case.images}", case.images, (10, 8), case.kind),
+        pictures,
         base / str(case),
-        **KINDS[case.kind],
-        data__crop="random",
+        **of_kind(case.kind, pictures),
+        data__crop="center" if case.kind in PIPELINES else "random",
         data__random_flip=True,
         training__micro_batch_size=micro,
         training__gradient_accumulation_steps=steps,

@@ -10,6 +10,7 @@ from finetune.data.batches import Batches
 from finetune.data.order import WindowSampler
 from finetune.data.workers import make_loader
 from harness.compare import differences, differing, history, moments
+from harness.configs import PIPELINES
 from harness.faults import skip_the_export, stop_after_updates
 from harness.processes import finish, run, run_two
 from harness.undisturbed import command, undisturbed
@@ -17,14 +18,15 @@ from harness.undisturbed import command, undisturbed
 STEPS = 6  # 19 images in windows of 8: 8 + 8 + 3, twice
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
+@pytest.fixture(scope="module", params=["unconditional", "text", "sdxl"])
+def base(request, tmp_path_factory):
     """A config with all that a resume could get wrong (crops, flips, warm-up, averaging, a tail), and a run of it."""
     return undisturbed(
         tmp_path_factory.mktemp("base"),
         images=19,
         size=(10, 8),
-        data__crop="random",
+        kind=request.param,
+        data__crop="center" if request.param in PIPELINES else "random",
         data__random_flip=True,
         lr_scheduler={"name": "cosine", "warmup_steps": 2},
         logging__tracker="tensorboard",

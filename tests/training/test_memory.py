@@ -135,8 +135,8 @@ def test_frozen_weights_are_held_once():
     kind.network.conv_in.requires_grad_(False)
     kind.trainable = lambda: {name: p for name, p in kind.network.named_parameters() if p.requires_grad}
     assert weight_bytes(kind) == 4 * trained
-    assert state_bytes(kind, averaged=True) == 4 * frozen + 5 * 4 * trained
-    assert state_bytes(kind, averaged=False) == 4 * frozen + 4 * 4 * trained
+    assert state_bytes(kind.network, averaged=True) == 4 * frozen + 5 * 4 * trained
+    assert state_bytes(kind.network, averaged=False) == 4 * frozen + 4 * 4 * trained
 
 
 @pytest.mark.slow

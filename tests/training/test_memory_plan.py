@@ -108,7 +108,7 @@ def test_the_plan_is_within_15_percent_of_what_a_run_takes(tmp_path, unet, size,
     """Of what both take beyond the libraries: whole processes are in tests/benchmarks/memory.py."""
     planned, taken = in_new_process(planned_and_taken, tmp_path, unet, size, micro)
     kind = kind_of(unet)
-    assert taken > state_bytes(kind, averaged=True) + micro * activation_bytes(kind)
+    assert taken > state_bytes(kind.network, averaged=True) + micro * activation_bytes(kind)
     assert planned == pytest.approx(taken, rel=0.15)
 
 

@@ -1,0 +1,135 @@
+"""The micro-batches of a latent model: made of encodings, with the same keys and streams as those of pixels."""
+
+from collections.abc import Sequence
+
+import torch
+
+from finetune.config.schema import Config
+from finetune.core import randomness
+from finetune.core.errors import UserError
+from finetune.core.kind import Encoders
+from finetune.data.batches import Batches
+from finetune.data.encodings import Encodings, image_key
+from finetune.data.order import Slot
+from finetune.data.pixels import Images
+from finetune.data.store import key
+
+
+class EncodedBatches(Batches):
+    """Makes a micro-batch of its slots. A latent is drawn from its image's posterior, as a stream of its own."""
+
+    def __init__(
+        self,
+        images: Images,
+        encodings: Encodings,
+        seed: int,
+        num_train_timesteps: int,
+        timestep_sampling: str,
+        random_flip: bool,
+        condition_dropout: float,
+        noise_offset: float = 0.0,
+    ):
+        """The encodings have to be made when the first batch is."""
+        super().__init__(
+            images,
+            seed,
+            num_train_timesteps,
+            timestep_sampling,
+            "center",
+            random_flip,
+            condition_dropout=condition_dropout,
+            noise_offset=noise_offset,
+        )
+        self.posteriors, self.embeddings = encodings.posteriors, encodings.embeddings
+        self.sized = encodings.encoders.sized
+        assert images.captions is not None
+        self.captions = images.captions
+
+    conditional = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.posteriors.fields["mean"]
+
+    def content(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
+        """What is noised: latents, not scaled, (b, c, h, w) in the default dtype."""
+        latents = torch.empty(len(slots), *self.shape)
+        for place, slot in enumerate(slots):
+            posterior = self._posterior(slot.image, self.flipped(slot))
+            draw = randomness.noise(self.seed, slot.epoch, slot.position, self.shape, "posterior")
+            latents[place] = posterior["mean"] + posterior["std"] * draw
+        return {"latents": latents}
+
+    def conditions(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
+        """What the network is told: embeddings of a caption of each image, and sizes where the model reads them."""
+        told = self._embedded([self.captions.drawn(self.seed, slot) for slot in slots])
+        return told | self._time_ids([(slot.image, self.flipped(slot)) for slot in slots])
+
+    def shown(self, images: list[int], dropped: bool) -> dict[str, torch.Tensor]:
+        """Means of the posteriors, with the first caption of each image or without."""
+        means = torch.stack([self._posterior(index, False)["mean"] for index in images])
+        told = self._embedded([self.captions.first(index) for index in images])
+        told |= self._time_ids([(index, False) for index in images])
+        dtype = torch.get_default_dtype()
+        return {"latents": means.to(dtype), **told, "dropped": torch.full((len(images),), dropped)}
+
+    def _posterior(self, image: int, flipped: bool) -> dict[str, torch.Tensor]:
+        return self.posteriors.read(image_key(self.images, image, flipped))
+
+    def _embedded(self, texts: list[int]) -> dict[str, torch.Tensor]:
+        entries = [self.embeddings.read(key(self.captions.texts[text])) for text in texts]
+        dtype = torch.get_default_dtype()
+        return {name: torch.stack([entry[name] for entry in entries]).to(dtype) for name in self.embeddings.fields}
+
+    def _time_ids(self, images: list[tuple[int, bool]]) -> dict[str, torch.Tensor]:
+        """SDXL's size and crop of each image; none for models that are not told them."""
+        if not self.sized:
+            return {}
+        return {"time_ids": torch.tensor([size_and_crop(self.images, *image) for image in images])}
+
+
+def size_and_crop(images: Images, index: int, flipped: bool) -> list[int]:
+    """Original height and width, top and left of the crop, target height and width, of an image.
+
+    The corner is where the crop lies in the resized picture, and for a mirrored one in the mirrored picture.
+    """
+    (width, height), side = images.original_size(index), images.resolution
+    shorter = min(width, height)
+    across, down = (max(side, round(length * side / shorter)) for length in (width, height))
+    left, top = (across - side) // 2, (down - side) // 2
+    return [height, width, top, across - side - left if flipped else left, side, side]
+
+
+def make_batches(
+    config: Config, images: Images, encodings: Encodings | None, num_train_timesteps: int, class_names: Sequence[str]
+) -> Batches:
+    """The batches of some images: of their encodings for a model of latents, else of their pixels.
+
+    Args:
+        encodings: of these images; None for a model of pixels.
+        class_names: the classes that the model is told; none if it is told none.
+    """
+    data, training = config.data, config.training
+    drawn = config.seed, num_train_timesteps, training.timestep_sampling
+    dropout, offset = training.condition_dropout, training.noise_offset
+    if encodings is not None:
+        return EncodedBatches(images, encodings, *drawn, data.random_flip, dropout, offset)
+    labels = images.classes(class_names) if class_names else None
+    return Batches(images, *drawn, data.crop, data.random_flip, labels, dropout, offset)
+
+
+def find_encodings(
+    config: Config, encoders: Encoders, images: Images, held_out: Images | None, prompts: Sequence[str]
+) -> Encodings:
+    """What of a run's images, captions and prompts the cache has encoded, and what is still to be made.
+
+    Raises:
+        UserError: for random crops, which would have to be encoded while the model is trained.
+    """
+    if config.data.crop != "center":
+        raise UserError(
+            f"data.crop: found {config.data.crop} with a model of latents, whose images are encoded once, before "
+            "training; expected center"
+        )
+    parts = [(images, config.data.random_flip), *([(held_out, False)] if held_out else [])]
+    return Encodings(encoders, parts, prompts)

@@ -1,0 +1,121 @@
+"""Entries made once and kept on disk: tensors by key, in files that are complete or not there.
+
+A key is a hash of everything that an entry was made from. Folder: HF_DATASETS_CACHE/encodings/<what made them>/, with
+pieces `<hash of their keys>.safetensors`. Nobody ever changes a piece, so any number of processes and runs can write.
+"""
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from finetune.core.errors import UserError
+from finetune.core.kind import Fields
+
+FORMAT = 1  # bump it when what is stored changes
+PIECE_BYTES = 2**26
+_OPEN = 64  # files that are mapped at a time, each with a descriptor
+
+
+def key(text: str) -> bytes:
+    """16 bytes that stand for a text."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class Store:
+    """Entries of one kind; each has the same tensors in float32.
+
+    Can be forked and pickled (to spawned workers): paths are sent, not tensors.
+    """
+
+    def __init__(self, identity: object, fields: Fields):
+        """
+        Args:
+            identity: of what makes the entries; another one is another folder.
+            fields: the tensors of an entry, with their shapes.
+        """
+        self.fields = fields
+        named = hashlib.blake2b(repr((FORMAT, identity, sorted(fields.items()))).encode(), digest_size=8).hexdigest()
+        self.folder = Path(datasets.config.HF_DATASETS_CACHE, "encodings", named)
+        self.places: dict[bytes, tuple[str, int]] = {}  # the piece and the row of each entry
+        self._opened: OrderedDict[str, Any] = OrderedDict()
+
+    @property
+    def entry_bytes(self) -> int:
+        return sum(4 * int(np.prod(shape)) for shape in self.fields.values())
+
+    @property
+    def piece(self) -> int:
+        """Entries in a file; at most this many are made again after an interruption."""
+        return max(min(PIECE_BYTES // self.entry_bytes, 4096), 1)
+
+    def scan(self) -> None:
+        """Find out what is there. A damaged piece is deleted, and its entries are made again."""
+        self.places.clear()
+        self._opened.clear()
+        for file in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, "np") as opened:
+                    keys = opened.get_tensor("keys")
+                    shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in self.fields}
+                if shapes != {name: (len(keys), *shape) for name, shape in self.fields.items()}:
+                    raise ValueError
+            except (SafetensorError, ValueError, KeyError):
+                file.unlink(missing_ok=True)
+                continue
+            for row, name in enumerate(keys):
+                self.places[name.tobytes()] = file.name, row
+
+    def write(self, keys: Sequence[bytes], entries: Mapping[str, torch.Tensor]) -> None:
+        """Add a piece, atomically.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        file = self.folder / f"{hashlib.blake2b(b''.join(keys), digest_size=8).hexdigest()}.safetensors"
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        table = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            tensors = {name: entries[name].contiguous() for name in self.fields}
+            save_file({"keys": torch.from_numpy(table.copy()), **tensors}, partial)
+            os.replace(partial, file)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(
+                f"encodings: {self.folder}: cannot be written ({reason}); free some space, or set HF_DATASETS_CACHE to "
+                "a larger disk, and run the same command again: what is encoded stays",
+                exit_code=1,
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        """Delete what killed processes of this machine left half-written."""
+        for leftover in self.folder.glob(".*.safetensors.*"):
+            process = leftover.name.rpartition(".")[2]
+            if process.isdigit() and int(process) != os.getpid() and not os.path.exists(f"/proc/{process}"):
+                leftover.unlink(missing_ok=True)
+
+    def read(self, name: bytes) -> dict[str, torch.Tensor]:
+        """The tensors of an entry, copied from mapped files."""
+        piece, row = self.places[name]
+        if piece not in self._opened:
+            if len(self._opened) >= _OPEN:
+                self._opened.popitem(last=False)
+            self._opened[piece] = safe_open(self.folder / piece, "pt")
+        self._opened.move_to_end(piece)
+        opened = self._opened[piece]
+        return {field: opened.get_slice(field)[row] for field in self.fields}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": OrderedDict()}

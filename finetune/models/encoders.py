@@ -1,0 +1,123 @@
+"""The frozen encoders of a Stable Diffusion pipeline: its VAE and its text encoders, in float32."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from finetune.core.kind import Fields
+from finetune.models.components import Folder
+
+_PIXELS = 2**18  # encoded at once: one image of 512 pixels a side, 64 of 64
+_TEXTS = 16  # encoded at once
+
+
+class PipelineEncoders:
+    """What a Stable Diffusion pipeline encodes images and captions with; see `core.kind.Encoders`."""
+
+    def __init__(self, folder: Folder, resolution: int):
+        self.folder, self.sized = folder, folder.sized
+        vae = folder.config("vae")
+        self.factor = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels a side of one latent pixel
+        self.channels, side = vae["in_channels"], resolution // self.factor
+        self.shape = (vae["latent_channels"], side, side)
+        self.image_fields: Fields = {"mean": self.shape, "std": self.shape}
+        self.image_chunk, self.text_chunk = max(_PIXELS // resolution**2, 1), _TEXTS
+        self.tokenizers = [folder.load_tokenizer(part) for part in folder.tokenizers]
+        configs = [folder.config(part) for part in folder.text_encoders]
+        width = sum(config["hidden_size"] for config in configs)
+        self.text_fields: Fields = {"text": (self.tokenizers[0].model_max_length, width)}
+        if self.sized:
+            self.text_fields["pooled"] = (configs[-1]["projection_dim"],)
+        self.image_key = folder.digest(["vae"])
+        self.text_key = folder.digest([*folder.text_encoders, *folder.tokenizers])
+        self._vae: Any = None
+        self._prompter: Any = None
+
+    def check(self) -> None:
+        """Load every encoder once: a pipeline that cannot draw its samples should not begin to train.
+
+        Raises:
+            UserError: if one cannot be loaded safely.
+        """
+        for part in ("vae", *self.folder.text_encoders):
+            self.folder.load(part)
+
+    @torch.no_grad()
+    def images(self, pixels: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+        """Mean and standard deviation of the posteriors of uint8 (b, C, H, W), each (b, c, h, w), not scaled."""
+        if self._vae is None:
+            self._vae = self.folder.load("vae").to(device)
+        with _in_float32(device):
+            posterior = self._vae.encode(pixels.to(device).float() / 127.5 - 1.0).latent_dist
+        return {"mean": posterior.mean.cpu(), "std": posterior.std.cpu()}
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Images of latents that are not scaled, (b, C, H, W): one at a time, which takes the least memory."""
+        if self._vae is None:
+            self._vae = self.folder.load("vae").to(device)
+        with _in_float32(device):
+            images = [self._vae.decode(latent[None].float()).sample for latent in latents]
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
+        """What the pipeline itself makes of prompts: `text` (n, tokens, width), and SDXL's `pooled` (n, width)."""
+        if self._prompter is None:
+            parts = {part: self.folder.load(part) for part in self.folder.text_encoders}
+            parts |= dict(zip(self.folder.tokenizers, self.tokenizers, strict=True))
+            self._prompter = bare_pipeline(self.folder, **parts).to(device)
+        with _in_float32(device), _without_truncation_warnings():
+            embeddings = self._prompter.encode_prompt(
+                [*texts], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        encoded = {"text": embeddings[0].cpu()}
+        return encoded | ({"pooled": embeddings[2].cpu()} if self.sized else {})
+
+    def truncated(self, texts: Sequence[str]) -> list[str]:
+        """Those of the texts that have more tokens than a text encoder reads."""
+        most = [tokenizer.model_max_length for tokenizer in self.tokenizers]
+        with _without_truncation_warnings():
+            lengths = [[*map(len, tokenizer([*texts]).input_ids)] for tokenizer in self.tokenizers] if texts else []
+        longest = [[length > limit for length in column] for column, limit in zip(lengths, most, strict=False)]
+        return [text for text, *over in zip(texts, *longest, strict=True) if any(over)] if texts else []
+
+    def free(self) -> None:
+        """Release the encoders' memory."""
+        self._vae = self._prompter = None
+
+
+def bare_pipeline(folder: Folder, **parts: Any) -> Any:
+    """The pipeline's class around some of its components; the others are missing."""
+    names = ["vae", "unet", "scheduler", *folder.text_encoders, *folder.tokenizers]
+    components: dict[str, Any] = dict.fromkeys(names) | parts
+    if not folder.sized:
+        checker = {"safety_checker": None, "feature_extractor": None} | parts
+        components |= checker | {"requires_safety_checker": bool(checker["safety_checker"])}
+    else:
+        components |= {"force_zeros_for_empty_prompt": folder.zeros_for_no_prompt, "add_watermarker": False}
+    return folder.pipeline_class(**components)
+
+
+@contextmanager
+def _in_float32(device: torch.device) -> Iterator[None]:
+    """Without the autocast of mixed precision: an entry of the cache does not depend on the launch."""
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def _without_truncation_warnings() -> Iterator[None]:
+    """Long captions are counted and shown once, instead of a warning each."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,167 @@
+"""Text-to-image models of latents: a UNet2DConditionModel in a pipeline of Stable Diffusion 1, 2 or XL."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from finetune.core.kind import Arguments, Batch, ImageFormat
+from finetune.models.components import Folder
+from finetune.models.encoders import PipelineEncoders, bare_pipeline
+
+USAGE = """\
+```python
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_pretrained("PATH_OR_REPOSITORY")
+images = pipeline("{prompt}", num_inference_steps={steps}, guidance_scale=5.0).images
+```"""
+
+
+class StableDiffusion:
+    """The kind of model that denoises latents and is told a caption; see `core.kind.Kind`.
+
+    Attributes:
+        network: in torch's default dtype and in training mode. Its `config.sample_size` is that of the latents that are
+            trained, so that the exported pipeline generates at the resolution.
+    """
+
+    conditional = captioned = True
+
+    def __init__(
+        self,
+        folder: Folder,
+        network: UNet2DConditionModel,
+        noise_scheduler: DDPMScheduler,
+        encoders: PipelineEncoders,
+        made_for: int | None,
+        resolution: int,
+    ):
+        self.folder, self.network, self.noise_scheduler, self.made_for = folder, network, noise_scheduler, made_for
+        self._encoders, self._vae, self.class_names = encoders, folder.config("vae"), list[str]()
+        self.image_format = ImageFormat(encoders.channels, resolution)
+        self.prompts: Mapping[str, Mapping[str, torch.Tensor]] = {}
+        # What stands for no caption: SDXL's pipelines take zeros unless they say otherwise, the others the empty text.
+        self.absent: Mapping[str, torch.Tensor] = {
+            name: torch.zeros(shape) for name, shape in encoders.text_fields.items()
+        }
+        self._absent_on: dict[torch.device, dict[str, torch.Tensor]] = {}
+
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
+        """The scaled latents, (b, c, h, w), and what the UNet is told of the captions; nothing where they are dropped.
+
+        SDXL's UNet is also told the original size, the crop's corner and the target size, each (h, w).
+        """
+        told = {}
+        for name, absent in self._absent(batch["text"].device).items():
+            given = batch[name]
+            dropped = batch["dropped"].view(-1, *[1] * absent.dim())
+            told[name] = torch.where(dropped, absent.to(given.dtype), given)
+        return self._scaled(batch["latents"]), self._arguments(told, batch.get("time_ids"))
+
+    def conditions(self, names: Sequence[str | None], device: torch.device) -> Arguments:
+        """The same for prompts that are remembered, at the size that is trained; None is no caption."""
+        known = [self.absent if name is None else self.prompts[name] for name in names]
+        dtype = torch.get_default_dtype()
+        told = {name: torch.stack([one[name] for one in known]).to(device, dtype) for name in self.absent}
+        size = self.image_format.resolution
+        return self._arguments(told, torch.tensor([[size, size, 0, 0, size, size]] * len(known), device=device))
+
+    def _arguments(self, told: dict[str, torch.Tensor], time_ids: torch.Tensor | None) -> Arguments:
+        arguments: Arguments = {"encoder_hidden_states": told["text"]}
+        if "pooled" in told and time_ids is not None:
+            times = time_ids.to(told["text"].dtype)
+            arguments["added_cond_kwargs"] = {"text_embeds": told["pooled"], "time_ids": times}
+        return arguments
+
+    def _absent(self, device: torch.device) -> dict[str, torch.Tensor]:
+        if device not in self._absent_on:
+            self._absent_on[device] = {name: tensor.to(device) for name, tensor in self.absent.items()}
+        return self._absent_on[device]
+
+    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the UNet sees them; the inverse of what the pipeline's VAE decodes."""
+        mean, std, scale = self._scaling(latents)
+        return (latents - mean) / std * scale
+
+    def _scaling(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Mean and standard deviation of a channel, where the VAE names them, and the factor."""
+        vae, size = self._vae, latents.shape[1]
+        mean, std = vae.get("latents_mean"), vae.get("latents_std")
+        if mean is None or std is None:
+            mean, std = [0.0] * size, [1.0] * size
+        shaped = [latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std)]
+        return shaped[0], shaped[1], float(vae.get("scaling_factor", 0.18215))
+
+    @torch.no_grad()
+    def images(self, clean: torch.Tensor) -> torch.Tensor:
+        """What the VAE decodes, one at a time: (b, C, H, W), about [-1, 1]. Loads the VAE, and frees it again."""
+        mean, std, scale = self._scaling(clean)
+        images = self._encoders.decode(clean / scale * std + mean, clean.device)
+        self._encoders.free()
+        return images
+
+    def encoders(self) -> PipelineEncoders:
+        """The pipeline's VAE and text encoders."""
+        return self._encoders
+
+    def remember(self, prompts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Keep the embeddings of prompts, and that of the empty text where it stands for no caption."""
+        self.prompts = prompts
+        if not self.folder.zeros_for_no_prompt:
+            self.absent, self._absent_on = self.prompts[""], {}
+
+    def example(self, count: int) -> dict[str, torch.Tensor]:
+        """A batch of `count` blank images without captions, on the CPU."""
+        blank = {name: torch.zeros(count, *shape) for name, shape in self._encoders.text_fields.items()}
+        blank |= {
+            "latents": torch.zeros(count, *self._encoders.shape),
+            "noise": torch.zeros(count, *self._encoders.shape),
+        }
+        if self._encoders.sized:
+            size = self.image_format.resolution
+            blank["time_ids"] = torch.tensor([[size, size, 0, 0, size, size]] * count)
+        return blank | {"dropped": torch.zeros(count, dtype=torch.bool)}
+
+    def without_memory(self) -> UNet2DConditionModel:
+        """A copy of the network on the meta device: its shapes, without weights."""
+        settings = {key: value for key, value in self.network.config.items() if key != "_use_default_values"}
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(settings)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """All parameters of the UNet, by name."""
+        return {name: weight for name, weight in self.network.named_parameters() if weight.requires_grad}
+
+    def pipeline(self) -> Any:
+        """The pipeline of the present weights, with the encoders and the noise scheduler that it came with."""
+        folder = self.folder
+        parts = {part: folder.load(part) for part in ("vae", *folder.text_encoders)}
+        parts |= dict(zip(folder.tokenizers, self._encoders.tokenizers, strict=True))
+        if folder.has("safety_checker") and folder.has("feature_extractor"):
+            parts |= {"safety_checker": folder.load("safety_checker")}
+            parts |= {"feature_extractor": folder.load_feature_extractor()}
+        return bare_pipeline(folder, unet=self.network, scheduler=self.sampler(), **parts)
+
+    def sampler(self) -> Any:
+        """The noise scheduler that the pipeline came with, with the settings that the run's config changes in it."""
+        scheduler_class = getattr(diffusers, self.folder.index["scheduler"][1])
+        changed = {key: self.noise_scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr")}
+        return scheduler_class.from_config(self.noise_scheduler.config, **changed)
+
+    def usage(self, inference_steps: int) -> str:
+        """How the exported pipeline is called, in Markdown."""
+        prompt = next((text for text in self.prompts if text), "a caption")
+        named = self.folder.pipeline_class.__name__
+        return USAGE.format(pipeline=named, prompt=prompt.replace('"', "'"), steps=inference_steps)
+
+    def identity(self) -> dict[str, Any]:
+        """The configs of the UNet and of the noise scheduler, and hashes of the encoders."""
+
+        def settings(component: Any) -> dict[str, Any]:
+            return {key: value for key, value in component.config.items() if not key.startswith("_")}
+
+        encoders = {"vae": self._encoders.image_key, "text_encoders": self._encoders.text_key}
+        return {"unet": settings(self.network), "noise_scheduler": settings(self.noise_scheduler), "encoders": encoders}

@@ -1,0 +1,289 @@
+"""Encodings: made once, kept by what they were made from, shared, resumed, and drawn from as their keys say."""
+
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.core import randomness
+from finetune.core.errors import UserError
+from finetune.data.captions import Captions
+from finetune.data.encoded_batches import EncodedBatches, size_and_crop
+from finetune.data.encodings import Encodings, _make
+from finetune.data.order import Slot
+from finetune.data.pixels import FEATURES, Images, Original, pixel_row
+from finetune.data.store import Store, key
+from harness.batches import as_images
+
+ARRAYS = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
+TEXTS = [["a"], ["b", "c"], ["a"], ["d"], ["e"]]
+
+
+class Halving:
+    """Encoders that anyone can check: the mean is the left half of the pixels over 255, the deviation a tenth.
+
+    `work` are the numbers of entries that each call encoded.
+    """
+
+    image_fields = {"mean": (1, 4, 2), "std": (1, 4, 2)}  # noqa: RUF012 - as the protocol has it
+    text_fields = {"text": (3, 2)}  # noqa: RUF012
+    image_chunk, text_chunk, sized = 2, 4, False
+
+    def __init__(self, image_key="one", text_key="one"):
+        self.image_key, self.text_key, self.work, self.freed = image_key, text_key, [], 0
+
+    def images(self, pixels, device):
+        assert pixels.shape == (self.image_chunk, 1, 4, 4)
+        assert pixels.dtype == torch.uint8
+        self.work.append(len(pixels))
+        half = pixels[..., :2].float() / 255
+        return {"mean": half, "std": torch.full_like(half, 0.1)}
+
+    def texts(self, texts, device):
+        assert len(texts) == self.text_chunk
+        self.work.append(len(texts))
+        return {"text": torch.stack([torch.full((3, 2), float(sum(map(ord, text)))) for text in texts])}
+
+    def truncated(self, texts):
+        return [text for text in texts if len(text) > 3]
+
+    def free(self):
+        self.freed += 1
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def images(arrays=ARRAYS, texts=TEXTS):
+    return as_images(arrays, Captions.of(texts[: len(arrays)]))
+
+
+def find(encoders=None, pictures=None, flips=False, prompts=()):
+    return Encodings(encoders or Halving(), [(pictures or images(), flips)], prompts)
+
+
+def made(accelerator, **options):
+    encodings = find(**options)
+    encodings.make(accelerator)
+    return encodings
+
+
+def batches(encodings, pictures=None, seed=7, **options):
+    settings = {"random_flip": False, "condition_dropout": 0.0, **options}
+    return EncodedBatches(pictures or images(), encodings, seed, 100, "stratified", **settings)
+
+
+def test_a_latent_is_the_mean_and_a_keyed_draw_of_the_deviation(accelerator):
+    """In batches of any size, the mean is the left half of the pixels, and the deviation a tenth."""
+    encodings = made(accelerator)
+    slots = [Slot(4, 2, 0, 1.0), Slot(1, 2, 1, 1.0), Slot(4, 3, 0, 0.0)]
+    batch = batches(encodings).__getitems__(slots)
+    for place, slot in enumerate(slots):
+        draw = randomness.noise(7, slot.epoch, slot.position, (1, 4, 2), "posterior")
+        half = torch.from_numpy(ARRAYS[slot.image, :, :2, 0])[None].float() / 255
+        assert torch.equal(batch["latents"][place], half + torch.tensor(0.1) * draw)
+        noise = randomness.noise(7, slot.epoch, slot.position, (1, 4, 2))
+        assert torch.equal(batch["noise"][place], noise)
+    alone = batches(encodings).__getitems__(slots[1:2])
+    assert all(torch.equal(alone[name][0], batch[name][1]) for name in alone)
+    assert batch["weights"].tolist() == [1.0, 1.0, 0.0]
+
+
+def test_a_flipped_image_is_an_entry_of_its_own(accelerator):
+    encodings = made(accelerator, flips=True)
+    assert (encodings.needed, encodings.missing_images) == (10, {})
+    slots = [Slot(0, 0, position, 1.0) for position in range(20)]
+    flipping = batches(encodings, random_flip=True)
+    batch = flipping.__getitems__(slots)
+    flips = [flipping.flipped(slot) for slot in slots]
+    assert {*flips} == {True, False}
+    for place, slot in enumerate(slots):
+        pixels = ARRAYS[0, :, ::-1, 0] if flips[place] else ARRAYS[0, :, :, 0]
+        draw = 0.1 * randomness.noise(7, 0, slot.position, (1, 4, 2), "posterior")
+        half = torch.from_numpy(pixels[:, :2].copy())[None].float() / 255
+        assert torch.allclose(batch["latents"][place] - draw, half, atol=1e-6)
+
+
+def test_an_image_is_shown_as_its_mean_with_its_first_caption(accelerator):
+    shown = batches(made(accelerator), random_flip=False).shown([1, 3], dropped=True)
+    assert torch.equal(shown["latents"], torch.from_numpy(ARRAYS[[1, 3], :, :2, 0])[:, None].float() / 255)
+    assert shown["text"][:, 0, 0].tolist() == [ord("b"), ord("d")]
+    assert shown["dropped"].tolist() == [True, True]
+
+
+def test_a_batch_has_the_caption_of_its_position(accelerator):
+    pictures, slots = images(), [Slot(1, 0, position, 1.0) for position in range(50)]
+    batch = batches(made(accelerator), condition_dropout=0.25).__getitems__(slots)
+    expected = [float(ord(pictures.captions.texts[pictures.captions.drawn(7, slot)])) for slot in slots]
+    assert batch["text"][:, 2, 1].tolist() == expected
+    assert {*expected} == {98.0, 99.0}
+    assert batch["dropped"].tolist() == [randomness.condition_dropped(7, 0, place, 0.25) for place in range(50)]
+
+
+def test_what_is_there_is_not_made_again(accelerator):
+    """Five images in chunks of two: three calls, the last one padded; five captions and the empty one: two calls."""
+    first, second = Halving(), Halving()
+    made(accelerator, encoders=first)
+    assert first.work == [4, 4, 2, 2, 2]
+    assert first.freed > 0
+    again = made(accelerator, encoders=second, prompts=["a", "b"])
+    assert second.work == []
+    assert again.missing_bytes == 0
+    made(accelerator, encoders=second, prompts=["another prompt"])
+    assert second.work == [4]
+
+
+def test_entries_belong_to_what_they_were_made_from(accelerator):
+    """A changed picture, another encoder, or other settings: made anew, the others kept."""
+    made(accelerator)
+    changed = ARRAYS.copy()
+    changed[2, 0, 0, 0] ^= 1
+    assert len(find(pictures=images(changed)).missing_images) == 1
+    assert len(find(pictures=images(ARRAYS[::-1])).missing_images) == 0
+    other = find(Halving(image_key="two"))
+    assert (len(other.missing_images), len(other.missing_texts)) == (5, 0)
+    other = find(Halving(text_key="two"))
+    assert (len(other.missing_images), len(other.missing_texts)) == (0, 6)
+    coarse = Halving()
+    coarse.image_chunk = 3
+    assert len(find(coarse).missing_images) == 5
+
+
+def test_equal_pictures_and_captions_are_encoded_once(accelerator):
+    twice = images([*ARRAYS[:2], *ARRAYS[:2]], [["a"], ["b"], ["b"], ["a"]])
+    encodings = find(pictures=twice)
+    assert (encodings.needed, encodings.texts) == (2, ["", "a", "b"])
+    encodings.make(accelerator)
+    shown = batches(encodings, twice).shown([0, 2], dropped=False)
+    assert torch.equal(shown["latents"][0], shown["latents"][1])
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_an_interrupted_run_continues_with_the_next_piece(accelerator, monkeypatch):
+    """In pieces of two images: after the first one the process dies, and leaves three to be made."""
+    monkeypatch.setattr(Store, "piece", property(lambda store: 2))
+    encoders, write, written = Halving(), Store.write, []
+
+    def dying(store, keys, entries):
+        if len(written) == 4:  # three pieces of texts, one of images
+            raise Killed
+        written.append(len(keys))
+        write(store, keys, entries)
+
+    monkeypatch.setattr(Store, "write", dying)
+    with pytest.raises(Killed):
+        made(accelerator, encoders=encoders)
+    assert written == [2, 2, 2, 2]
+    monkeypatch.setattr(Store, "write", write)
+    rest = find()
+    assert (len(rest.missing_images), len(rest.missing_texts)) == (3, 0)
+    rest.make(accelerator)
+    undisturbed = [batches(rest).shown([index], dropped=False)["latents"] for index in range(5)]
+    assert torch.equal(torch.cat(undisturbed), torch.from_numpy(ARRAYS[..., :2, 0])[:, None].float() / 255)
+
+
+def test_processes_share_the_pieces(monkeypatch):
+    """Pieces of 2, 2 and 1 images, in chunks of two: two pieces for the first process, one for the second."""
+    monkeypatch.setattr(Store, "piece", property(lambda store: 2))
+    encodings, shares = find(), []
+    for process in (0, 1):
+        chosen = []
+
+        def encode(places, chosen=chosen):
+            chosen.append([index for _, index, _ in places])
+            return {name: torch.zeros(2, 1, 4, 2) for name in ("mean", "std")}
+
+        alone = SimpleNamespace(process_index=process, num_processes=2, is_main_process=False)
+        _make(alone, encodings.posteriors, encodings.missing_images, encode, 2, "Encoding images")
+        shares.append(chosen)
+    assert shares == [[[0, 1], [4, 4]], [[2, 3]]]  # the last chunk is filled up
+    assert find().missing_images == {}
+
+
+def test_a_damaged_piece_is_made_again(accelerator):
+    encodings = made(accelerator)
+    (file,) = encodings.posteriors.folder.glob("*.safetensors")
+    content = file.read_bytes()
+    for damaged in (content[:-1], b"", b"\x80\x04 pickle", content[:40]):
+        file.write_bytes(damaged)
+        assert len(find().missing_images) == 5
+        assert len(made(accelerator).posteriors.places) == 5
+        assert file.read_bytes() == content
+
+
+def test_the_plan_says_how_much_there_is_and_how_much_is_missing(accelerator):
+    """Five images of 2 x 8 numbers and six texts of 6 numbers, four bytes each: 320 + 144 bytes."""
+    encodings = find(pictures=images(texts=[["a"], ["b", "c"], ["a"], ["d"], ["a long caption"]]))
+    assert encodings.missing_bytes == 5 * 16 * 4 + 6 * 6 * 4
+    line, cut_off = encodings.notes
+    assert line == "encodings: 5 latents and 6 texts, 0.0 MB on disk; still to be made: 5 and 6, 0.0 MB"
+    assert cut_off == "captions cut off after 3 tokens: 1 of 5, 'a long caption'"
+    encodings.make(accelerator)
+    assert encodings.notes[0] == "encodings: 5 latents and 6 texts, 0.0 MB on disk"
+
+
+def test_too_little_room_is_found_before_anything_is_encoded(accelerator, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 463})())
+    encodings = find()
+    with pytest.raises(UserError, match="found 463 bytes free, expected 464 for 5 latents and 6 texts"):
+        encodings.make(accelerator)
+    assert encodings.encoders.work == []
+
+
+def test_an_encoder_that_overflows_is_one_line(accelerator):
+    encoders = Halving()
+    encoders.texts = lambda texts, device: {"text": torch.full((4, 3, 2), torch.inf)}
+    with pytest.raises(UserError, match="found text that is not finite"):
+        made(accelerator, encoders=encoders)
+    assert len(find().missing_texts) == 6
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.text(max_size=4), min_size=1, max_size=12, unique=True), st.integers(1, 5))
+def test_a_store_gives_back_what_was_written(tmp_path_factory, names, piece):
+    store = Store(str(tmp_path_factory.mktemp("store")), {"one": (2,), "other": (1, 3)})
+    keys = [key(name) for name in names]
+    values = {"one": torch.randn(len(keys), 2), "other": torch.randn(len(keys), 1, 3)}
+    for start in range(0, len(keys), piece):
+        part = slice(start, start + piece)
+        store.write(keys[part], {name: tensor[part] for name, tensor in values.items()})
+    store.scan()
+    assert store.places.keys() == {*keys}
+    for row, name in enumerate(keys):
+        entry = store.read(name)
+        assert all(torch.equal(entry[field], values[field][row]) for field in values)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "flipped", "expected"),
+    [
+        (8, 8, False, [8, 8, 0, 0, 4, 4]),
+        # 12 x 8 becomes 6 x 4: one column is cut off on either side
+        (12, 8, False, [8, 12, 0, 1, 4, 4]),
+        (12, 8, True, [8, 12, 0, 1, 4, 4]),
+        # 14 x 8 becomes 7 x 4: one column on the left, two on the right, which are on the left of a mirrored picture
+        (14, 8, False, [8, 14, 0, 1, 4, 4]),
+        (14, 8, True, [8, 14, 0, 2, 4, 4]),
+        # 8 x 20 becomes 4 x 10
+        (8, 20, True, [20, 8, 3, 0, 4, 4]),
+    ],
+)
+def test_sdxl_is_told_original_size_crop_and_target(width, height, flipped, expected):
+    row = pixel_row(ARRAYS[0], Original(width, height, False))
+    table = datasets.Dataset.from_list([row], features=FEATURES)
+    assert size_and_crop(Images(table, np.arange(1), 1, 4), 0, flipped) == expected

@@ -1,0 +1,283 @@
+"""Text-to-image models: what they make of images, captions and sizes, and which pipelines are refused."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler
+
+from finetune.config.schema import ModelConfig
+from finetune.core.errors import UserError
+from finetune.models.load import load_kind
+from harness.configs import ROOT
+from harness.pipelines import LENGTH, NOISE_SCHEDULER, save_pipeline
+
+CPU = torch.device("cpu")
+TEXTS = ["a cat", "a dog", "", "a very very long caption"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("pipelines")
+    scheduler = PNDMScheduler(num_train_timesteps=100, skip_prk_steps=True, steps_offset=1)  # says nothing of clipping
+    return {
+        "sd": save_pipeline(base / "sd", scheduler=scheduler),
+        "sdxl": save_pipeline(base / "sdxl", xl=True),
+    }
+
+
+def load(folder, resolution=None, **options):
+    return load_kind(ModelConfig(pretrained=str(folder), **options), resolution, 0)
+
+
+def problem(folder, resolution=None, **options):
+    with pytest.raises(UserError) as caught:
+        load(folder, resolution, **options)
+    (line,) = caught.value.problems
+    assert "\n" not in line
+    return line
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def folder(request, folders):
+    return folders[request.param]
+
+
+def remembering(kind):
+    encoded = kind.encoders().texts(TEXTS, CPU)
+    kind.remember({text: {name: encoded[name][row] for name in encoded} for row, text in enumerate(TEXTS)})
+    return kind
+
+
+def test_it_says_what_it_needs_of_the_data(folder):
+    kind = load(folder)
+    assert kind.image_format == (1, 8)  # grey, since the VAE is; 4 latents a side of 2 pixels each
+    assert (kind.conditional, kind.captioned, kind.class_names, kind.made_for) == (True, True, [], 8)
+    larger = load(folder, 16)
+    assert larger.image_format == (1, 16)
+    assert larger.pipeline().unet.config.sample_size == 8
+    assert larger.example(3)["latents"].shape == (3, 4, 8, 8)
+
+
+def test_texts_are_encoded_as_the_pipeline_does(folder):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    found = load(folder).encoders().texts(TEXTS, CPU)
+    expected = pipeline.encode_prompt(TEXTS, CPU, num_images_per_prompt=1, do_classifier_free_guidance=False) \
+        if "text_encoder_2" not in pipeline.components \
+        else pipeline.encode_prompt(TEXTS, device=CPU, do_classifier_free_guidance=False)  # fmt: skip
+    assert torch.equal(found["text"], expected[0])
+    assert found["text"].shape[1] == LENGTH
+    if "pooled" in found:
+        assert torch.equal(found["pooled"], expected[2])
+    encoders = load(folder).encoders()
+    assert {name: tuple(tensor.shape[1:]) for name, tensor in found.items()} == encoders.text_fields
+    assert encoders.truncated(TEXTS) == ["a very very long caption"]
+    assert encoders.truncated([]) == []
+
+
+def test_images_are_encoded_and_decoded_as_the_pipeline_does(folder):
+    pipeline, kind = DiffusionPipeline.from_pretrained(folder), load(folder)
+    pixels = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    posterior = pipeline.vae.encode(pixels.float() / 127.5 - 1).latent_dist
+    found = kind.encoders().images(pixels, CPU)
+    assert torch.equal(found["mean"], posterior.mean)
+    assert torch.equal(found["std"], posterior.std)
+    batch = kind.example(3) | {"latents": found["mean"]}
+    clean, _ = kind.inputs(batch)
+    assert torch.allclose(clean, found["mean"] * 0.5)  # scaling_factor
+    one_by_one = torch.cat([pipeline.vae.decode(mean[None]).sample for mean in found["mean"]])
+    assert torch.allclose(kind.images(clean), one_by_one, atol=1e-6)
+
+
+def test_latents_are_shifted_where_the_vae_says_so(folders, tmp_path):
+    folder = shutil.copytree(folders["sdxl"], tmp_path / "shifted")
+    config = json.loads((folder / "vae/config.json").read_text())
+    config |= {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [1.0, 2.0, 4.0, 8.0]}
+    (folder / "vae/config.json").write_text(json.dumps(config))
+    kind = load(folder)
+    clean, _ = kind.inputs(kind.example(1) | {"latents": torch.full((1, 4, 4, 4), 9.0)})
+    # (9 - mean) / std x 0.5: 4, 7/4, 6/8, 5/16
+    assert clean[0, :, 0, 0].tolist() == [4.0, 1.75, 0.75, 0.3125]
+    decoded = []
+    kind._encoders.decode = lambda latents, device: decoded.append(latents) or latents
+    kind.images(clean)
+    assert torch.equal(decoded[0], torch.full((1, 4, 4, 4), 9.0))
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_prompt(folders, tmp_path, zeros):
+    """Zeros for SDXL unless its index says otherwise; the empty text for the others."""
+    folder = shutil.copytree(folders["sdxl"], tmp_path / "sdxl")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
+    for path, expect_zeros in ((folder, zeros), (folders["sd"], False)):
+        kind = remembering(load(path))
+        encoded = kind.encoders().texts(TEXTS, CPU)
+        batch = kind.example(2) | {name: tensor[:2] for name, tensor in encoded.items()}
+        batch["dropped"] = torch.tensor([False, True])
+        _, told = kind.inputs(batch)
+        absent = torch.zeros_like(encoded["text"][2]) if expect_zeros else encoded["text"][2]
+        assert torch.equal(told["encoder_hidden_states"], torch.stack([encoded["text"][0], absent]))
+        asked = kind.conditions(["a cat", None], CPU)
+        assert torch.equal(asked["encoder_hidden_states"], told["encoder_hidden_states"])
+        if "added_cond_kwargs" in told:
+            pooled = torch.zeros(6) if expect_zeros else encoded["pooled"][2]
+            assert torch.equal(told["added_cond_kwargs"]["text_embeds"], torch.stack([encoded["pooled"][0], pooled]))
+            assert asked["added_cond_kwargs"]["time_ids"].tolist() == [[8.0, 8.0, 0.0, 0.0, 8.0, 8.0]] * 2
+
+
+def test_the_sampler_stays_the_one_that_it_came_with(folders):
+    """The noise scheduler of training does not clip latents, although DDPM's default is to."""
+    kind = load(folders["sd"], noise_scheduler={"prediction_type": "v_prediction"})
+    assert kind.noise_scheduler.config.clip_sample is False
+    sampler = kind.pipeline().scheduler
+    assert type(sampler) is PNDMScheduler
+    assert sampler.config.prediction_type == "v_prediction"
+    assert sampler.config.skip_prk_steps is True
+
+
+def test_the_pipeline_of_a_euler_scheduler_keeps_it(tmp_path):
+    scheduler = EulerDiscreteScheduler(num_train_timesteps=100, timestep_spacing="trailing")
+    kind = load(save_pipeline(tmp_path / "euler", xl=True, scheduler=scheduler))
+    assert type(kind.pipeline().scheduler) is EulerDiscreteScheduler
+    assert kind.pipeline().scheduler.config.timestep_spacing == "trailing"
+
+
+def test_weights_of_the_encoders_are_part_of_its_identity(folders, tmp_path):
+    folder = shutil.copytree(folders["sd"], tmp_path / "other")
+    before = load(folder).identity()
+    assert before == load(folders["sd"]).identity()
+    weights = bytearray((folder / "vae/diffusion_pytorch_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights)
+    after = load(folder).identity()
+    assert before["encoders"]["vae"] != after["encoders"]["vae"]
+    assert before["encoders"]["text_encoders"] == after["encoders"]["text_encoders"]
+
+
+def test_a_variant_in_half_precision_is_loaded_in_full(folder, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    kind = load(tmp_path / "half")
+    assert {weight.dtype for weight in kind.network.parameters()} == {torch.float32}
+    expected = DiffusionPipeline.from_pretrained(tmp_path / "half", variant="fp16").unet.conv_in.weight
+    assert torch.equal(kind.network.conv_in.weight, expected)
+
+
+def test_only_the_unet_is_trained(folder):
+    kind = load(folder)
+    assert kind.trainable().keys() == dict(kind.network.named_parameters()).keys()
+    assert kind.network.training
+    encoders = kind.encoders()
+    encoders.images(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), CPU)
+    encoders.texts(["a cat"], CPU)
+    frozen = [*encoders._vae.parameters(), *encoders._prompter.text_encoder.parameters()]
+    assert not any(weight.requires_grad for weight in frozen)
+    encoders.free()
+    assert encoders._vae is encoders._prompter is None
+
+
+CHANGED_UNETS = {
+    "inpainting": ({"in_channels": 9}, "found a UNet with in_channels 9; expected 4"),
+    "a learned variance": ({"out_channels": 8}, "found a UNet with out_channels 8; expected 4"),
+    "classes": ({"num_class_embeds": 3}, "found a UNet with num_class_embeds 3; expected None"),
+    "distilled guidance": ({"time_cond_proj_dim": 4}, "found a UNet with time_cond_proj_dim 4; expected None"),
+    "another width": ({"cross_attention_dim": 12}, "found a UNet with cross_attention_dim 12; expected 8"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_UNETS)
+def test_a_unet_of_another_task_is_refused(tmp_path, name):
+    settings, line = CHANGED_UNETS[name]
+    assert line in problem(save_pipeline(tmp_path / "pipeline", unet=settings))
+
+
+def test_sizes_that_cannot_be_denoised_are_refused(folder):
+    # 2 pixels a latent, and the UNet halves latents once
+    assert problem(folder, 10).startswith("data.resolution: found 10; expected a multiple of 4, since the VAE")
+    assert problem(folder, 10).endswith("(nearest: 8)")
+
+
+def test_classes_are_for_other_models(folder):
+    line = problem(folder, class_conditional=True)
+    assert line.startswith("model.class_conditional: found true with ")
+    assert line.endswith("which is told captions; expected false")
+
+
+def changed_index(folder, tmp_path, **changes):
+    copied = shutil.copytree(folder, tmp_path / "changed")
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(json.dumps(index | changes))
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"unet": ["mine", "UNet2DConditionModel2"]}, "found unet: "),
+        ({"text_encoder": ["transformers", "T5EncoderModel"]}, "expected a CLIPTextModel, as a"),
+        ({"vae": None}, "found vae: null in model_index.json; expected a AutoencoderKL"),
+        ({"controlnet": ["diffusers", "ControlNetModel"]}, "found a component 'controlnet' in model_index.json"),
+        ({"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "found the noise scheduler diffusers.Flow"),
+    ],
+)
+def test_components_of_other_pipelines_are_refused(folder, tmp_path, changes, line):
+    assert line in problem(changed_index(folder, tmp_path, **changes))
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(folders, tmp_path):
+    """transformers would load it with two tokens, and every caption would be the same."""
+    folder = shutil.copytree(folders["sd"], tmp_path / "pipeline")
+    (folder / "tokenizer/tokenizer.json").unlink()
+    assert "found no vocabulary; expected tokenizer.json, or vocab.json and merges.txt" in problem(folder)
+
+
+def test_a_tokenizer_of_another_encoder_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["sd"], tmp_path / "pipeline")
+    config = json.loads((folder / "text_encoder/config.json").read_text())
+    (folder / "text_encoder/config.json").write_text(json.dumps(config | {"vocab_size": 30}))
+    assert "found 54 tokens and texts of 12; expected at most the 30 and 12" in problem(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code was run')",))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_pickle_in_place_of_weights_is_refused_and_not_run(folders, tmp_path, part):
+    folder = shutil.copytree(folders["sd"], tmp_path / "pipeline")
+    for file in (folder / part).glob("*.safetensors"):
+        file.unlink()
+        file.with_name({"text_encoder": "pytorch_model.bin"}.get(part, f"{file.stem}.bin")).write_bytes(
+            pickle.dumps(Bomb())
+        )
+    assert "the weights cannot be loaded safely" in problem(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_do_not_fit_their_config_are_refused(folders, tmp_path, part):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(folders["sd"], tmp_path / "pipeline")
+    (file,) = (folder / part).glob("*.safetensors")
+    weights = load_file(file)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, file, metadata={"format": "pt"})
+    assert "the weights do not fit config.json: 1 missing keys" in problem(folder)
+
+
+def test_weights_that_are_not_finite_are_refused(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(folders["sd"], tmp_path / "pipeline")
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.fill_(torch.nan) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert problem(folder).startswith("model: the network's prediction is not finite at timestep 0 or 99")
+
+
+def test_pixel_models_are_loaded_as_before():
+    kind = load(ROOT / "configs/digits-base")
+    assert (kind.captioned, kind.encoders(), NOISE_SCHEDULER["clip_sample"]) == (False, None, False)

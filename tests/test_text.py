@@ -1,0 +1,260 @@
+"""Text-to-image runs through the script: encoded once, resumed to the bit, sampled and exported as diffusers would."""
+
+import gc
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from transformers import CLIPTextModel
+
+from finetune.core.randomness import noise
+from finetune.data.store import Store
+from finetune.evaluation.validation import Validation
+from finetune.run import evaluator
+from finetune.training.window import Window
+from harness.compare import differing, history, weights
+from harness.configs import EVALUATED_STEPS, evaluated_config, of_kind, write_config, write_pictures
+from harness.faults import kill_at
+from harness.processes import finish, run, run_two
+
+KINDS = ["text", "sdxl"]
+PROMPTS = ["a cat", "a dog"]
+
+
+def text_config(kind, pictures, output_dir, **changes):
+    samples = {"every_steps": 3, "count": 4, "inference_steps": 2, "guidance_scale": [1.0, 3.0], "prompts": PROMPTS}
+    options = of_kind(kind, pictures) | {"samples": samples, "data__random_flip": True}
+    return evaluated_config(pictures, output_dir, **options | changes)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def finished(request, tmp_path_factory):
+    base = tmp_path_factory.mktemp(request.param)
+    config = text_config(request.param, write_pictures(base / "pictures", 19, (10, 8), request.param), base / "run")
+    finish("--config", write_config(base / "config.yaml", config), folder=base)
+    return base, request.param
+
+
+def test_validation_is_measured_with_and_without_the_caption(finished):
+    lines = [line for line in history(finished[0] / "run") if "validation/loss" in line]
+    assert [line["step"] for line in lines] == [0, 3, 6]
+    for line in lines:
+        gain = line["validation/loss_unconditional"] - line["validation/loss"]
+        assert line["validation/condition_gain"] == pytest.approx(gain, abs=1e-12)
+        assert gain != 0
+
+
+def test_the_export_is_the_pipeline_that_it_came_from_with_averaged_weights(finished):
+    base, kind = finished
+    pipeline = DiffusionPipeline.from_pretrained(base / "run/pipeline")
+    assert type(pipeline) is {"text": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind]
+    origin = DiffusionPipeline.from_pretrained(base / f"pictures-{kind}")
+    averaged = weights(base / "run", EVALUATED_STEPS, "ema")
+    exported = dict(pipeline.unet.named_parameters())
+    assert exported.keys() == averaged.keys()
+    assert all(torch.equal(exported[name], averaged[name]) for name in averaged)
+    assert not torch.equal(pipeline.unet.conv_in.weight, origin.unet.conv_in.weight)
+    for part in ("vae", "text_encoder"):
+        pairs = zip(
+            getattr(pipeline, part).state_dict().values(), getattr(origin, part).state_dict().values(), strict=True
+        )
+        assert all(torch.equal(one, other) for one, other in pairs)
+    assert pipeline.tokenizer("a cat").input_ids == origin.tokenizer("a cat").input_ids
+    assert type(pipeline.scheduler) is type(origin.scheduler)
+
+
+def test_samples_in_training_are_those_of_the_export(finished):
+    """The grid's blocks of columns at scales 1 and 3: the same starting noise through the exported pipeline."""
+    base, _ = finished
+    pipeline = DiffusionPipeline.from_pretrained(base / "run/pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    grid = np.asarray(Image.open(base / "run/samples/step-6.png").convert("L")).astype(int)
+    names = [name for name in PROMPTS for _ in range(2)]
+    latents = torch.stack([noise(3, 0, index, (4, 4, 4), "samples") for index in range(4)])
+    for scale in (1.0, 3.0):
+        options = {"guidance_scale": scale, "num_inference_steps": 2, "output_type": "np"}
+        images = pipeline(names, latents=latents, **options).images
+        drawn = (images[..., 0] * 255).round().astype(int).repeat(8, axis=1).repeat(8, axis=2)
+        for tile in drawn:  # somewhere in the grid, wherever its labels are
+            windows = np.lib.stride_tricks.sliding_window_view(grid, tile.shape)
+            assert (abs(windows[:, :, ::8, ::8] - tile[::8, ::8]).max((2, 3)) <= 1).any()
+
+
+def test_the_snippet_of_the_model_card_draws(finished):
+    card = (finished[0] / "run/pipeline/README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card
+    snippet = card.split("```python\n")[1].split("```")[0]
+    scope = {}
+    exec(snippet.replace("PATH_OR_REPOSITORY", str(finished[0] / "run/pipeline")), scope)
+    assert scope["images"][0].size == (8, 8)
+
+
+def test_a_run_from_the_export_starts_where_that_one_ended(finished, tmp_path):
+    base, kind = finished
+    config = text_config(kind, base / "pictures", tmp_path / "run", model={"pretrained": str(base / "run/pipeline")})
+    config["training"]["num_epochs"] = 1
+    finish("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path)
+    last = [line["validation/loss_ema"] for line in history(base / "run") if "validation/loss_ema" in line][-1]
+    assert history(tmp_path / "run")[0]["validation/loss"] == last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kill",
+    [
+        (Store, "write", 1),
+        (Store, "write", 1, True),
+        (Window, "add", 8),
+        (Validation, "losses", 5, True),
+        (evaluator, "sample", 3),
+    ],
+    ids=["encoding", "encoded captions", "inside a window", "in a validation", "between two guidance scales"],
+)
+def test_a_killed_run_resumes_to_the_bit(finished, tmp_path, kill):
+    base, kind = finished
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+
+    def fresh_cache():
+        import datasets
+
+        datasets.config.HF_DATASETS_CACHE = cache["HF_DATASETS_CACHE"]
+
+    def killed():
+        fresh_cache()
+        kill_at(*kill)
+
+    file = write_config(tmp_path / "config.yaml", text_config(kind, base / "pictures", tmp_path / "run"))
+    assert run("--config", file, folder=tmp_path, before=killed).returncode == -9
+    finish("--config", file, folder=tmp_path, before=fresh_cache)
+    assert differing(base / "run", tmp_path / "run", EVALUATED_STEPS) == []
+    encodings = tmp_path / "cache/encodings"
+    assert [file.name for file in encodings.rglob("*") if file.is_file() and file.suffix != ".safetensors"] == []
+
+
+@pytest.mark.slow
+def test_two_processes_encode_draw_and_measure_the_same(finished, tmp_path):
+    """At step 0, before rounding sets runs apart: validation with and without the caption, and the sample grid."""
+    base, kind = finished
+    layout = {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "num_epochs": 2, "condition_dropout": 0.3}
+    config = text_config(kind, base / "pictures", tmp_path / "run", training=layout)
+    file = write_config(tmp_path / "config.yaml", config)
+
+    def fresh_cache(process):
+        import datasets
+
+        datasets.config.HF_DATASETS_CACHE = str(tmp_path / "cache")
+
+    outcomes = run_two("--config", file, folder=tmp_path, before=fresh_cache)
+    assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes
+    first, second = (history(folder / "run")[0] for folder in (base, tmp_path))
+    assert first == second
+    grid = "run/samples/step-0.png"
+    assert (base / grid).read_bytes() == (tmp_path / grid).read_bytes()
+
+
+def test_the_encoders_are_out_of_memory_while_updates_run(finished, tmp_path):
+    base, kind = finished
+
+    def watch():
+        import datasets
+
+        datasets.config.HF_DATASETS_CACHE = str(tmp_path / "cache")
+        add, seen = Window.add, []
+
+        def watched(window, *arguments):
+            if not seen:
+                gc.collect()
+                seen.extend(one for one in gc.get_objects() if isinstance(one, AutoencoderKL | CLIPTextModel))
+                (tmp_path / "alive").write_text(str(len(seen)))
+                seen.append(None)
+            return add(window, *arguments)
+
+        Window.add = watched
+
+    file = write_config(tmp_path / "config.yaml", text_config(kind, base / "pictures", tmp_path / "run"))
+    finish("--config", file, folder=tmp_path, before=watch)
+    assert (tmp_path / "alive").read_text() == "0"
+
+
+def test_a_check_tells_the_size_of_the_encodings_and_makes_none(finished, tmp_path):
+    """17 images to train on, each also flipped, 2 held out; 4 captions, both prompts among them, and the empty one."""
+    base, kind = finished
+
+    def fresh_cache():
+        import datasets
+
+        datasets.config.HF_DATASETS_CACHE = str(tmp_path / "cache")
+
+    file = write_config(tmp_path / "config.yaml", text_config(kind, base / "pictures", tmp_path / "run"))
+    checked = finish("--config", file, "--check", folder=tmp_path, before=fresh_cache)
+    assert "encodings: 36 latents and 5 texts, 0.0 MB on disk; still to be made: 36 and 5, 0.0 MB" in checked.stdout
+    assert not (tmp_path / "cache/encodings").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_changed_picture_of_the_same_name_is_encoded_anew(finished, tmp_path):
+    base, kind = finished
+    pictures = shutil.copytree(base / "pictures", tmp_path / "pictures")
+    file = write_config(
+        tmp_path / "config.yaml",
+        text_config(kind, pictures, tmp_path / "run", model={"pretrained": str(base / f"pictures-{kind}")}),
+    )
+    assert "36 latents and 5 texts, 0.0 MB on disk\n" in finish("--config", file, "--check", folder=tmp_path).stdout
+    shutil.copy(pictures / "0005.png", pictures / "0004.png")
+    found = finish("--config", file, "--check", folder=tmp_path).stdout
+    assert "34 latents" in found or "35 latents" in found  # the two are one entry now
+    write_pictures(tmp_path / "another", 21, (10, 8))
+    shutil.copy(tmp_path / "another/0020.png", pictures / "0004.png")
+    found = finish("--config", file, "--check", folder=tmp_path).stdout
+    assert "still to be made: 2 and 0" in found or "still to be made: 1 and 0" in found  # 1 if it is held out
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"data__crop": "random"}, "data.crop: found random with a model of latents"),
+        (
+            {"samples": {"labels": ["cat"]}},
+            "samples.labels: found ['cat']; expected it with a model that is told classes",
+        ),
+        ({"data__caption_column": "words"}, "data.caption_column: found 'words'; expected a column of texts"),
+        ({"training__condition_dropout": 0.1}, "training.condition_dropout: 0.3 in the checkpoint, 0.1 now"),
+        ({"training__noise_offset": 0.1}, "training.noise_offset: 0.0 in the checkpoint, 0.1 now"),
+        ({"data__caption": "a cat"}, "data.fingerprint: "),
+    ],
+)
+def test_a_mistake_is_one_line(finished, tmp_path, changes, line):
+    base, kind = finished
+    config = text_config(kind, base / "pictures", base / "run", **changes)
+    outcome = run("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path)
+    assert outcome.returncode == 2
+    assert line in outcome.errors[0]
+    assert "Traceback" not in outcome.stderr
+
+
+def test_noise_offset_is_keyed_and_the_same_in_all_pixels_of_a_channel():
+    from harness.batches import batches, wide_images
+
+    slots_of = partial(batches, wide_images())
+    from finetune.data.order import Slot
+
+    slots = [Slot(0, 1, position, 1.0) for position in range(200)]
+    plain, offset = slots_of(), slots_of()
+    offset.noise_offset = 0.5
+    difference = offset.__getitems__(slots)["noise"] - plain.__getitems__(slots)["noise"]
+    assert torch.allclose(difference, difference[:, :, :1, :1].expand_as(difference), atol=1e-6)
+    expected = torch.stack([0.5 * noise(0, 1, slot.position, (3, 1, 1), "noise offset") for slot in slots])
+    assert torch.allclose(difference[:, :, :1, :1], expected, atol=1e-6)
+    assert abs(float(expected.std()) - 0.5) < 0.1  # 600 draws: standard deviation 0.014
