@@ -14,7 +14,7 @@ from finetune.data.cache import decoded
 from finetune.data.caption_sources import read_captions
 from finetune.data.damage import is_pointer
 from finetune.data.decode import BadImageError, check_format, decode, original, quiet
-from finetune.data.order import held_out
+from finetune.data.order import Indices, held_out
 from finetune.data.pixels import FEATURES, FORMAT, Images, error_row, pixel_row
 from finetune.data.selection import Selection, select
 from finetune.data.sources import Source, explained, open_source
@@ -114,14 +114,14 @@ def _load(
             f"left out {len(problems)} of {len(table)} images of {split!r}, which are bad (on_bad_image: skip):"
         )
         notes += [f"  {line}" for line in _listed(problems)]
-    notes += _changes(table.select(good), image_format)
+    notes += _changes(table, good, image_format)
     return Images(table, good, channels, resolution, labels, chosen.label_names, problems, notes, captions)
 
 
-def _changes(table: datasets.Dataset, image_format: ImageFormat) -> list[str]:
-    """What decoding did to the pictures, a line each: size, crop and colour."""
+def _changes(table: datasets.Dataset, rows: Indices, image_format: ImageFormat) -> list[str]:
+    """What decoding did to the pictures in some rows of the cache, a line each: size, crop and colour."""
     channels, resolution = image_format
-    columns = (table.data.column(f"original_{name}").to_numpy() for name in ("width", "height", "colour"))
+    columns = (table.data.column(f"original_{name}").to_numpy()[rows] for name in ("width", "height", "colour"))
     widths, heights, colour = columns
     shorter, longer = np.minimum(widths, heights), np.maximum(widths, heights)
     smallest, largest = shorter.argmin(), (widths * heights).argmax()
@@ -130,12 +130,12 @@ def _changes(table: datasets.Dataset, image_format: ImageFormat) -> list[str]:
         sizes = f"{widths[smallest]} x {heights[smallest]} to {sizes}"
     notes = [f"sizes: {sizes} pixels, the shorter side resized to {resolution}"]
     if enlarged := int((shorter < resolution).sum()):
-        notes[0] += f" ({enlarged} of {len(table)} enlarged)"
+        notes[0] += f" ({enlarged} of {len(rows)} enlarged)"
     lost = 1 - shorter / longer  # of a picture's area, outside of a square
     if lost.max() > 0:
         notes.append(f"cropped to squares: {lost.mean():.0%} of a picture on average, {lost.max():.0%} at most")
     if channels == 1 and (grey := int(colour.sum())):
-        notes.append(f"colour made grey, as the model has one channel: {grey} of {len(table)}")
+        notes.append(f"colour made grey, as the model has one channel: {grey} of {len(rows)}")
     return notes
 
 

@@ -37,6 +37,22 @@ def test_sizes_and_crops_are_summed_up(tmp_path, sizes, expected):
     assert notes(tmp_path / "pictures", sizes) == expected
 
 
+@pytest.mark.filterwarnings("error")
+def test_pictures_that_are_left_out_do_not_count(tmp_path):
+    """The second of three is bad; of the others, each 20 x 10 in colour, half is lost."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in "ac":
+        Image.new("RGB", (20, 10)).save(folder / f"{name}.png")
+    (folder / "b.png").write_bytes(b"no picture")
+    config = DataConfig(source=str(folder), validation_fraction=0.0, on_bad_image="skip")
+    assert load_data(config, ImageFormat(1, 16), 0)[0].notes[-3:] == [
+        "sizes: 20 x 10 pixels, the shorter side resized to 16 (2 of 2 enlarged)",
+        "cropped to squares: 50% of a picture on average, 50% at most",
+        "colour made grey, as the model has one channel: 2 of 2",
+    ]
+
+
 @pytest.mark.parametrize(("mode", "channels", "grey"), [("RGB", 1, True), ("L", 1, False), ("RGB", 3, False)])
 def test_colour_that_becomes_grey_is_counted(tmp_path, mode, channels, grey):
     line = "colour made grey, as the model has one channel: 2 of 2"
