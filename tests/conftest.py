@@ -13,6 +13,11 @@ os.environ.pop("HF_HUB_CACHE", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: more threads only wait for each other
 
 
+def pytest_collection_modifyitems(items):
+    """The tests of whole runs come first: they take longest, and two workers then end at about the same time."""
+    items.sort(key=lambda item: len(item.path.parents))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _empty_cache():
     yield

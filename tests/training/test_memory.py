@@ -155,7 +155,7 @@ def test_two_processes_take_what_the_smaller_one_can(tmp_path, why):
         if process == 1 and why == "runs out of memory":
             limit_images(lambda count: count > 2)
         elif process == 1:  # of 4 bytes free, which the two processes share, it may take 2: one an image
-            memory.free_memory = lambda: 4
+            at_call(memory, "state_plan", 1, lambda: setattr(memory, "free_memory", lambda: 4), after=True)
             memory.Trials.needed = lambda trials, size: size
 
     finish(*command, "training.micro_batch_size=4", folder=tmp_path, before=skip_the_export)
