@@ -20,7 +20,7 @@ BF16 = 2**-7
 
 CLASSES = [Case(precision, *case, "classes") for precision in BOUNDS for case in ONCE]
 LATENTS = [Case(precision, *case, "text") for precision in BOUNDS for case in ONCE]
-LATENTS += [Case("float64", *case, "sdxl") for case in ONCE]
+LATENTS += [Case("float64", *case, kind) for case in ONCE for kind in ("sdxl", "lora")]
 
 
 @pytest.fixture(scope="module")

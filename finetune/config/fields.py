@@ -64,6 +64,7 @@ Scales = Annotated[
 ]
 Labels = Annotated[tuple[int | str, ...], Strict(False), Field(min_length=1, description="a list of numbers or texts")]
 Text = Annotated[str, Field(pattern=r"^\P{Cc}*[^\s\p{Cc}]\P{Cc}*$", description="a line of text")]
+Names = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1, description="a list of names")]
 Prompts = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1, description="a list of texts")]
 # Paths, or names that have neither `~` nor `$`: hub ids, `digits`, `auto`, `never`.
 Path = Annotated[Text, AfterValidator(expanded), Field(description="a line of text")]

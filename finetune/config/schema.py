@@ -16,6 +16,7 @@ from finetune.config.fields import (
     Fraction,
     Labels,
     Mapping,
+    Names,
     Natural,
     NonNegative,
     Path,
@@ -48,6 +49,23 @@ class Section(BaseModel):
         return self
 
 
+class LoRAConfig(Section):
+    rank: Count = 16
+    """Rank of the adapters: the width of what they pass on."""
+    alpha: Positive | None = None
+    """The adapters' output is scaled by alpha / rank; null: alpha is the rank."""
+    target_modules: Names = ("attention",)
+    """Layers with an adapter: `attention`, `feed_forward`, `convolutions`, or endings of their names like `to_q`."""
+    base_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the frozen weights; the adapters are float32 whatever it is."""
+    dropout: NonNegative = 0.0
+    """Only 0: dropout draws from a global generator, so that a run would depend on its batch layout."""
+
+    def disagreements(self) -> Iterator[tuple[str, str]]:
+        if self.dropout:
+            yield "dropout", f"found {self.dropout}; expected 0: it draws from a global generator, by the batch layout"
+
+
 class ModelConfig(Section):
     pretrained: Path | None = None
     """Hub id or folder of a DDPMPipeline, DDIMPipeline, StableDiffusionPipeline or StableDiffusionXLPipeline."""
@@ -55,6 +73,8 @@ class ModelConfig(Section):
     """Settings of a diffusers UNet2DModel to train from scratch, instead of `pretrained`."""
     class_conditional: Flag = False
     """Tell the model the class of an image (`data.label_column`), so that it can draw a class that is asked for."""
+    lora: LoRAConfig | None = None
+    """Train adapters of a text-to-image model, its own weights frozen; null: train all weights of the UNet."""
     noise_scheduler: Mapping = {}
     """Settings of diffusers' DDPMScheduler that replace those of the pretrained pipeline."""
     gradient_checkpointing: Flag = False
@@ -64,6 +84,8 @@ class ModelConfig(Section):
         given = [key for key in ("pretrained", "unet") if getattr(self, key) is not None]
         if len(given) != 1:
             yield "", f"found {' and '.join(given) or 'neither'}; expected exactly one of pretrained, unet"
+        if self.lora is not None and self.unet is not None:
+            yield "lora", "found it with model.unet; expected it with a pretrained text-to-image model"
 
 
 class DataConfig(Section):

@@ -1,6 +1,7 @@
 """What the rest of the program may ask of a kind of model."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -74,6 +75,7 @@ class Kind(Protocol):
         conditional: whether it is told something about an image beside its pixels, which may be dropped.
         captioned: whether that is a caption.
         class_names: the classes that it knows by name; none unless it is class-conditional.
+        export_name: of the folder of a finished run that `save` writes.
         made_for: pixels a side that the model came with; None where it names no square.
     """
 
@@ -83,6 +85,7 @@ class Kind(Protocol):
     conditional: bool
     captioned: bool
     class_names: list[str]
+    export_name: str
     made_for: int | None
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
@@ -121,11 +124,19 @@ class Kind(Protocol):
         ...
 
     def pipeline(self) -> DiffusionPipeline:
-        """The diffusers pipeline of the present weights, to sample from and to export."""
+        """The diffusers pipeline of the present weights."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what others load of the present weights into a folder.
+
+        Raises:
+            UserError: if it does not do, loaded again, what the network does.
+        """
         ...
 
     def usage(self, inference_steps: int) -> str:
-        """How the exported pipeline is called, in Markdown, for its model card."""
+        """How the export is used, in Markdown, for its model card."""
         ...
 
     def identity(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ class Folder:
                     f"model.pretrained: {name}: found a component {part!r} in model_index.json; expected those of a "
                     f"{self.pipeline_class.__name__} alone: {', '.join(sorted(known))}"
                 )
+
+    @property
+    def published_name(self) -> str:
+        """A hub id as it is; of a local path the last part."""
+        return self.path.absolute().name if os.path.isdir(self.name) else self.name
 
     @property
     def sized(self) -> bool:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -76,15 +77,17 @@ def check_keys(section: str, given: dict[str, Any], model_class: type) -> None:
         )
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path, card: str, pictures: list[Path]) -> None:
-    """Write what `from_pretrained` loads, with its model card and the card's pictures; atomic."""
+def save_export(save: Callable[[Path], None], folder: Path, card: str, pictures: list[Path]) -> None:
+    """Write what a finished run gives to others, with its model card and the card's pictures; atomic.
+
+    Args:
+        save: writes a kind of model into a folder, see `core.kind.Kind`; what it raises leaves an old export as it was.
+    """
     partial = folder.with_name(folder.name + ".tmp")
     with writing(folder):
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            pipeline.save_pretrained(partial)
-            _add_pipeline_code(pipeline, partial)
-            _forget_origin(partial)
+            save(partial)
             for picture in pictures:
                 shutil.copy(picture, partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
@@ -92,6 +95,13 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, card: str, pictures
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Write what `from_pretrained` loads, without paths of this machine."""
+    pipeline.save_pretrained(folder)
+    _add_pipeline_code(pipeline, folder)
+    _forget_origin(folder)
 
 
 def _add_pipeline_code(pipeline: DiffusionPipeline, folder: Path) -> None:

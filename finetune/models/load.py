@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 
 from finetune.config.schema import ModelConfig
+from finetune.core.errors import UserError
 from finetune.core.kind import Kind
 from finetune.models.components import PIPELINES, Folder
 from finetune.models.hub import pipeline_folder
+from finetune.models.lora import DTYPES, outline_adapters
 from finetune.models.text_to_image import load_stable_diffusion
 from finetune.models.unconditional import load_unconditional, outline_unconditional
 from finetune.models.unet import outline
@@ -30,7 +33,11 @@ def outline_network(config: ModelConfig, resolution: int | None) -> ModelMixin:
         if str(index.get("_class_name")) in PIPELINES:
             folder = Folder(path, config.pretrained, index)
             where = f"model.pretrained: {path / 'unet/config.json'}"
-            return outline(UNet2DConditionModel, folder.config("unet"), where)
+            network = outline(UNet2DConditionModel, folder.config("unet"), where)
+            if config.lora is not None:
+                torch.nn.Module.to(network, DTYPES[config.lora.base_dtype])  # diffusers' own `to` warns
+                outline_adapters(network, config.lora)
+            return network
     return outline_unconditional(config, resolution).network
 
 
@@ -47,7 +54,12 @@ def load_kind(config: ModelConfig, resolution: int | None, seed: int) -> Kind:
         path = pipeline_folder(config.pretrained)
         index = _index(path)
         if str(index.get("_class_name")) in PIPELINES:
-            return load_stable_diffusion(config, path, index, resolution)
+            return load_stable_diffusion(config, path, index, resolution, seed)
+    if config.lora is not None:
+        raise UserError(
+            f"model.lora: found it with {config.pretrained}, a model of pixels; expected a StableDiffusionPipeline "
+            "or a StableDiffusionXLPipeline"
+        )
     return load_unconditional(config, resolution, seed)
 
 

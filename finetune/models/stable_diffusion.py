@@ -1,6 +1,7 @@
 """Text-to-image models of latents: a UNet2DConditionModel in a pipeline of Stable Diffusion 1, 2 or XL."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -10,6 +11,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from finetune.core.kind import Arguments, Batch, ImageFormat
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders, bare_pipeline
+from finetune.models.hub import write_pipeline
 
 USAGE = """\
 ```python
@@ -29,6 +31,7 @@ class StableDiffusion:
     """
 
     conditional = captioned = True
+    export_name = "pipeline"
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ class StableDiffusion:
             return UNet2DConditionModel.from_config(settings)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """All parameters of the UNet, by name."""
+        """The parameters of the UNet that are not frozen, by name."""
         return {name: weight for name, weight in self.network.named_parameters() if weight.requires_grad}
 
     def pipeline(self) -> Any:
@@ -151,11 +154,20 @@ class StableDiffusion:
         changed = {key: self.noise_scheduler.config[key] for key in ("prediction_type", "rescale_betas_zero_snr")}
         return scheduler_class.from_config(self.noise_scheduler.config, **changed)
 
+    def save(self, folder: Path) -> None:
+        """Write the pipeline of the present weights into a folder."""
+        write_pipeline(self.pipeline(), folder)
+
     def usage(self, inference_steps: int) -> str:
         """How the exported pipeline is called, in Markdown."""
-        prompt = next((text for text in self.prompts if text), "a caption")
         named = self.folder.pipeline_class.__name__
-        return USAGE.format(pipeline=named, prompt=prompt.replace('"', "'"), steps=inference_steps)
+        return USAGE.format(pipeline=named, prompt=self.example_prompt, steps=inference_steps)
+
+    @property
+    def example_prompt(self) -> str:
+        """A prompt to put between double quotes."""
+        prompt = next((text for text in self.prompts if text), "a caption")
+        return prompt.replace("\\", "").replace('"', "'")
 
     def identity(self) -> dict[str, Any]:
         """The configs of the UNet and of the noise scheduler, and hashes of the encoders."""

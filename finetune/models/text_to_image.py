@@ -11,15 +11,16 @@ from finetune.core.errors import UserError
 from finetune.models.checks import check_finite, check_forward
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders
+from finetune.models.lora import DTYPES, LoRA
 from finetune.models.noise_schedulers import build_noise_scheduler, check_scheduler
 from finetune.models.stable_diffusion import StableDiffusion
 from finetune.models.unet import own_resolution
 
 
 def load_stable_diffusion(
-    config: ModelConfig, path: Path, index: dict[str, Any], resolution: int | None
+    config: ModelConfig, path: Path, index: dict[str, Any], resolution: int | None, seed: int
 ) -> StableDiffusion:
-    """Load the UNet of a pipeline, and what is known of its encoders.
+    """Load the UNet of a pipeline, and what is known of its encoders; with `config.lora` the seed draws adapters.
 
     Args:
         path: the pipeline's folder.
@@ -42,7 +43,9 @@ def load_stable_diffusion(
     # Latents are not bounded; DDPM's default is to clip, where a scheduler of another class says nothing of it.
     noise_scheduler = build_noise_scheduler(settings | {"clip_sample": False}, config.noise_scheduler)
     vae = folder.config("vae")
-    network = folder.load("unet", torch.get_default_dtype())
+    lora = config.lora
+    half = lora is not None and lora.base_dtype != "float32"
+    network = folder.load("unet", DTYPES[lora.base_dtype] if lora and half else torch.get_default_dtype())
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     side = own_resolution(network.config.sample_size)
     made_for = side and side * factor
@@ -51,10 +54,11 @@ def load_stable_diffusion(
     encoders = PipelineEncoders(folder, resolution)
     encoders.check()
     _check_unet(network, encoders, folder)
-    network.requires_grad_(True).train()
+    network.requires_grad_(True).train()  # of LoRA, the adapters alone
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    kind = StableDiffusion(folder, network, noise_scheduler, encoders, made_for, resolution)
+    parts = folder, network, noise_scheduler, encoders, made_for, resolution
+    kind = StableDiffusion(*parts) if lora is None else LoRA(lora, seed, *parts)
     _check_network(kind)
     return kind
 

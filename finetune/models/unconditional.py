@@ -1,6 +1,7 @@
 """Unconditional pixel models: a UNet2DModel and its noise scheduler."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from finetune.config.schema import ModelConfig
 from finetune.core.kind import Arguments, Batch, Encoders, ImageFormat
 from finetune.models.checks import check_finite, check_forward
-from finetune.models.hub import check_keys
+from finetune.models.hub import check_keys, write_pipeline
 from finetune.models.noise_schedulers import build_noise_scheduler
 from finetune.models.unet import (
     build_unet,
@@ -40,6 +41,7 @@ class Unconditional:
     """
 
     conditional = captioned = False
+    export_name = "pipeline"
 
     def __init__(
         self,
@@ -94,6 +96,10 @@ class Unconditional:
     def pipeline(self) -> DDPMPipeline:
         """A DDPMPipeline of the present weights."""
         return DDPMPipeline(unet=self.network, scheduler=self.noise_scheduler)
+
+    def save(self, folder: Path) -> None:
+        """Write the pipeline of the present weights into a folder."""
+        write_pipeline(self.pipeline(), folder)
 
     def usage(self, inference_steps: int) -> str:
         """How the exported pipeline is called, in Markdown."""

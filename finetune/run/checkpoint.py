@@ -37,19 +37,31 @@ def share_weights_between_setups(accelerator: Accelerator) -> None:
     """Have `save_state` name weights as the bare network does, without the prefixes of DDP and of a compiled module.
 
     Accelerate saves a wrapped network's names as they are, so a checkpoint of two processes would not load in one.
+    Frozen weights are not saved: the run's identity has their hash.
     """
 
     def bare(model: torch.nn.Module) -> torch.nn.Module:
         return accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def before_save(models: list[torch.nn.Module], weights: list[dict[str, Tensor]], output_dir: str) -> None:
-        weights[:] = [bare(model).state_dict() for model in models[: len(weights)]]
+        weights[:] = [_not_frozen(bare(model)) for model in models[: len(weights)]]
 
     def before_load(models: list[torch.nn.Module], input_dir: str) -> None:
-        models[:] = [bare(model) for model in models]
+        (model,) = map(bare, models)
+        saved, expected = load_file(Path(input_dir, "model.safetensors")), _not_frozen(model)
+        if different := saved.keys() ^ expected.keys():
+            raise ValueError(f"weights of other names: {', '.join(sorted(different)[:3])}")
+        model.load_state_dict(saved, strict=False)
+        models.clear()  # Accelerate has nothing left to load
 
     accelerator.register_save_state_pre_hook(before_save)
     accelerator.register_load_state_pre_hook(before_load)
+
+
+def _not_frozen(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A network's state without its frozen parameters."""
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def save(

@@ -182,7 +182,7 @@ class Run:
         return self.stop.exit_code
 
     def finish(self, flops: int) -> int:
-        """The last checkpoint, the loss curve, the pipeline, and the results. Returns the exit code.
+        """The last checkpoint, the loss curve, the export, and the results. Returns the exit code.
 
         Args:
             flops: of one image, forward and backward.
@@ -196,17 +196,17 @@ class Run:
 
     def _export(self, flops: int) -> None:
         history = self.report.history.read() if self.report.history else []
-        folder, state = self.output_dir / "pipeline", self.state
+        folder, state = self.output_dir / self.kind.export_name, self.state
         rows = results(history, state.updates, self.length.images_until(state.step), state.seconds, flops)
         pictures.loss_curve(history, self.output_dir / "loss_curve.png", self.length.steps_per_epoch)
         samples = self.evaluator.samples_file(state.step)
         shown = [samples] if samples.exists() else []
         card = model_card(self.config, self.kind, rows, shown[0].name if shown else None)
         with averaged_weights(self.kind.trainable().values(), self.ema):
-            hub.save_pipeline(self.kind.pipeline(), folder, card, shown)
+            hub.save_export(self.kind.save, folder, card, shown)
         if self.config.export.push_to_hub is not None:
             rows["uploaded to"] = hub.push(folder, self.config.export.push_to_hub)
-        rows |= {name: str(self.output_dir / name) for name in ("pipeline", "samples", "loss_curve.png")}
+        rows |= {name: str(self.output_dir / name) for name in (folder.name, "samples", "loss_curve.png")}
         rows |= {"curves": f"tensorboard --logdir {shlex.quote(str(curves_folder(self.output_dir)))}"}
         rows |= {"to train longer": f"run again with a training.max_train_steps above {self.length.total_steps}"}
         self.report.say(table(f"Finished: {self.output_dir}", rows))

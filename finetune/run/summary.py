@@ -53,7 +53,11 @@ def plan(
     if accelerator.mixed_precision == "bf16" and not has_bf16(accelerator.device):
         precision += " (no native bf16 support on this CPU: slower than float32)"
     threads = f" with {torch.get_num_threads()} thread(s) each" if accelerator.device.type == "cpu" else ""
-    parameters = sum(parameter.numel() for parameter in kind.trainable().values())
+    trained = sum(parameter.numel() for parameter in kind.trainable().values())
+    parameters = f"{trained / 1e6:.2f} M parameters"
+    everything = sum(parameter.numel() for parameter in kind.network.parameters())
+    if trained < everything:
+        parameters += f" trained beside {(everything - trained) / 1e6:.2f} M that are frozen"
     classes = f", {len(kind.class_names)} classes" if kind.class_names else ""
     resolution = f"{size} x {size}"
     if kind.made_for not in (None, size):
@@ -62,7 +66,7 @@ def plan(
         "Plan",
         {
             "device": f"{accelerator.device.type}, {layout.num_processes} process(es){threads}, {precision}",
-            "model": f"{config.model.pretrained or 'from scratch'}: {parameters / 1e6:.2f} M parameters, "
+            "model": f"{config.model.pretrained or 'from scratch'}: {parameters}, "
             f"{kind.noise_scheduler.config.prediction_type} prediction{classes}",
             "images": f"{num_images} to train on, {num_held_out} held out; {resolution}, {channels} channel(s)",
             **({"pictures": "\n".join(notes)} if notes else {}),
@@ -197,7 +201,7 @@ def model_card(config: Config, kind: Kind, rows: dict[str, str], picture: str | 
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=task,
-        tags=["diffusers", task],
+        tags=["diffusers", task, *(["lora"] if config.model.lora else [])],
         base_model=None if base is None or _is_local(base) else base,
     )
     origin = "Trained from scratch" if base is None else f"Fine-tuned from `{_published(base)}`"

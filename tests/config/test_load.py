@@ -18,6 +18,7 @@ model:
   pretrained: user/base
   unet: null
   class_conditional: false
+  lora: null
   noise_scheduler: {}
   gradient_checkpointing: false
 data:

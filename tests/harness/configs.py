@@ -40,8 +40,13 @@ KINDS = {  # changes that make a run one of each kind of model
     "classes": {"model__class_conditional": True, "training__condition_dropout": 0.3},
     "text": {"training__condition_dropout": 0.3},
     "sdxl": {"training__condition_dropout": 0.3},
+    "lora": {"model__lora": {"rank": 2, "alpha": 3.0}, "training__condition_dropout": 0.3},
 }
-PIPELINES = {"text": {}, "sdxl": {"xl": True}}  # of the kinds that are trained from a pipeline's folder
+PIPELINES = {
+    "text": {},
+    "sdxl": {"xl": True},
+    "lora": {"xl": True},
+}  # of the kinds that are trained from a pipeline's folder
 CLASSES = ("cat", "dog", "emu")
 
 

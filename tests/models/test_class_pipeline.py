@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
 from finetune.models.classes import with_classes
-from finetune.models.hub import save_pipeline
+from finetune.models.hub import save_export
 from finetune.models.unconditional import Unconditional
 from harness.configs import UNET
 
@@ -74,7 +74,7 @@ def test_images_come_in_the_usual_formats(kind):
 
 @pytest.mark.slow
 def test_a_fresh_process_with_diffusers_alone_draws_the_same(kind, tmp_path):
-    save_pipeline(kind.pipeline(), tmp_path / "pipeline", "card", [])
+    save_export(kind.save, tmp_path / "pipeline", "card", [])
     expected = draw(kind.pipeline(), ["dog"], guidance_scale=2.0)
     code = (
         "import torch\nfrom diffusers import DiffusionPipeline\n"

@@ -10,7 +10,7 @@ from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError
 from finetune.core.randomness import noise
 from finetune.models.classes import with_classes
-from finetune.models.hub import save_pipeline
+from finetune.models.hub import save_export
 from finetune.models.unconditional import Unconditional, load_unconditional
 from harness.configs import UNET
 
@@ -79,7 +79,7 @@ def test_a_plain_class_conditional_network_keeps_its_rows_and_gets_one_for_none(
 @pytest.fixture
 def exported(base, tmp_path):
     kind = with_classes(base, NAMES, seed=0)
-    save_pipeline(kind.pipeline(), tmp_path / "pipeline", "card", [])
+    save_export(kind.save, tmp_path / "pipeline", "card", [])
     return kind, tmp_path / "pipeline"
 
 

@@ -17,7 +17,7 @@ def test_an_exported_pipeline_generates(tmp_path, pipeline_class):
     folder.mkdir()
     (folder / "of a run before").write_text("")
     picture.write_text("pixels")
-    hub.save_pipeline(kind.pipeline(), folder, "# card", [picture])
+    hub.save_export(kind.save, folder, "# card", [picture])
     assert not (folder / "of a run before").exists()
     assert (folder / "README.md").read_text() == "# card"
     assert (folder / "grid.png").read_text() == "pixels"
@@ -31,9 +31,9 @@ def test_an_exported_pipeline_generates(tmp_path, pipeline_class):
 def test_an_export_that_fails_leaves_the_former_one(tmp_path):
     kind = load_unconditional(ModelConfig(unet=UNET), None, 0)
     folder = tmp_path / "pipeline"
-    hub.save_pipeline(kind.pipeline(), folder, "# first", [])
+    hub.save_export(kind.save, folder, "# first", [])
     with pytest.raises(UserError, match="pipeline: cannot be written"):
-        hub.save_pipeline(kind.pipeline(), folder, "# second", [tmp_path / "no such picture.png"])
+        hub.save_export(kind.save, folder, "# second", [tmp_path / "no such picture.png"])
     assert (folder / "README.md").read_text() == "# first"
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
 

@@ -52,7 +52,7 @@ FULL = {
     "its manifest": ((manifest, "seal", 2), 0, "checkpoint-4", [2]),
     "the samples": ((Image.Image, "save", 5), 0, "samples/step-3.png", [2]),
     "the resolved config": ((start, "_open_report", 1), 0, "config.yaml", []),
-    "the pipeline": ((hub, "save_pipeline", 1), 8192, "pipeline", [4, 6]),
+    "the pipeline": ((hub, "save_export", 1), 8192, "pipeline", [4, 6]),
     "the loss curve": ((pictures, "loss_curve", 1), 4096, "loss_curve.png", [4, 6]),
 }
 
@@ -77,7 +77,7 @@ QUOTA = {  # as above, but the limit is a file size: bytes, or the size at that 
     "the metrics": ((report.History, "add", 4), "metrics.jsonl", "metrics.jsonl", [2]),
     "the curves": ((report.Report, "log", 4), "tensorboard/events*", "tensorboard", [2]),
     "the pictures in the curves": ((Image.Image, "save", 4), "tensorboard/events*", "tensorboard", []),
-    "the pipeline": ((hub, "save_pipeline", 1), 8192, "pipeline", [4, 6]),
+    "the pipeline": ((hub, "save_export", 1), 8192, "pipeline", [4, 6]),
 }
 
 

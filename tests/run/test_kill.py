@@ -37,9 +37,9 @@ SLOW_KILLS = {
     "before a picture is written": (Image.Image, "save", 5),  # a file and TensorBoard's copy of two pictures at step 0
     "after a line of metrics": (report.History, "add", 5, True),
     "before the loss curve": (pictures, "loss_curve", 1),
-    "before the export": (hub, "save_pipeline", 1),
+    "before the export": (hub, "save_export", 1),
     "while exporting": (DDPMPipeline, "save_pretrained", 1, True),
-    "after the export": (hub, "save_pipeline", 1, True),
+    "after the export": (hub, "save_export", 1, True),
 }
 MOMENTS = [
     *(pytest.param(kill, id=name) for name, kill in KILLS.items()),

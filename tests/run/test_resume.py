@@ -18,7 +18,7 @@ from harness.undisturbed import command, undisturbed
 STEPS = 6  # 19 images in windows of 8: 8 + 8 + 3, twice
 
 
-@pytest.fixture(scope="module", params=["unconditional", "text", "sdxl"])
+@pytest.fixture(scope="module", params=["unconditional", "text", "lora"])
 def base(request, tmp_path_factory):
     """A config with all that a resume could get wrong (crops, flips, warm-up, averaging, a tail), and a run of it."""
     return undisturbed(

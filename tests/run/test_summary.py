@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from finetune.config import plain_yaml
 from finetune.config.schema import Config, ModelConfig
 from finetune.core.batch import BatchLayout
-from finetune.models.hub import save_pipeline
+from finetune.models.hub import save_export
 from finetune.models.unconditional import load_unconditional
 from finetune.run import summary
 from finetune.run.state import Length
@@ -178,7 +178,7 @@ def test_the_card_does_not_publish_local_paths(tmp_path, monkeypatch):
 def test_an_exported_pipeline_does_not_publish_where_it_was_loaded_from(tmp_path):
     DDPMPipeline(UNet2DModel(**UNET), DDPMScheduler()).save_pretrained(tmp_path / "alice" / "base")
     kind = load_unconditional(config_of(model={"pretrained": str(tmp_path / "alice" / "base")}).model, None, 0)
-    save_pipeline(kind.pipeline(), tmp_path / "pipeline", "a card", [])
+    save_export(kind.save, tmp_path / "pipeline", "a card", [])
     files = [file for file in (tmp_path / "pipeline").rglob("*") if file.is_file()]
     assert len(files) == 5  # the card, the index, two configs, the weights
     assert [file.name for file in files if b"alice" in file.read_bytes()] == []
