@@ -1,6 +1,8 @@
 """train.py from a config to a pipeline: the README's job, the notebook recipes, objectives, two processes, bf16."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -41,6 +43,13 @@ def recognised(folder, count=200):
     images = pipeline(batch_size=count, generator=generator, num_inference_steps=40, output_type="np").images
     # 16 x 16 back to 8 x 8 by averaging, 0..1 back to 0..16
     return classifier.predict(16 * images.reshape(count, 8, 2, 8, 2).mean((2, 4)).reshape(count, 64))
+
+
+@pytest.mark.slow
+def test_the_libraries_warn_of_nothing_when_they_are_imported():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr == ""
 
 
 @pytest.mark.slow
