@@ -42,6 +42,7 @@ from finetune.data.encoded_batches import find_encodings, make_batches
 from finetune.data.loading import load_data
 from finetune.data.order import WindowSampler
 from finetune.data.workers import make_loader
+from finetune.evaluation.prediction_type import check_prediction_type
 from finetune.evaluation.quality import Quality
 from finetune.evaluation.sampling import check_sampling, sampled_names
 from finetune.evaluation.validation import Validation
@@ -135,6 +136,8 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     if encodings is not None:
         encodings.make(accelerator)
         kind.remember(encodings.prompts())
+    if config.model.pretrained is not None:
+        together(lambda: check_prediction_type(kind, batches, config.seed, accelerator.device))
     sampler = WindowSampler(len(train_images), config.seed, layout)
     loader = make_loader(batches, sampler, config.data.num_workers, pin_memory=accelerator.device.type == "cuda")
     optimizer = make_optimizer(parameters, config.optimizer)

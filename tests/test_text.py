@@ -1,12 +1,14 @@
 """Text-to-image runs through the script: encoded once, resumed to the bit, sampled and exported as diffusers would."""
 
 import gc
+import json
 import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -23,7 +25,7 @@ from finetune.evaluation.validation import Validation
 from finetune.run import evaluator
 from finetune.training.window import Window
 from harness.compare import differing, history, weights
-from harness.configs import EVALUATED_STEPS, evaluated_config, of_kind, write_config, write_pictures
+from harness.configs import EVALUATED_STEPS, ROOT, evaluated_config, of_kind, write_config, write_pictures
 from harness.faults import kill_at
 from harness.processes import finish, run, run_two
 
@@ -228,6 +230,91 @@ def test_a_changed_picture_of_the_same_name_is_encoded_anew(finished, tmp_path):
     shutil.copy(tmp_path / "another/0020.png", pictures / "0004.png")
     found = finish("--config", file, "--check", folder=tmp_path).stdout
     assert "still to be made: 2 and 0" in found or "still to be made: 1 and 0" in found  # 1 if it is held out
+
+
+def test_a_pipeline_that_is_marked_wrong_is_refused_with_the_line_to_set(finished, tmp_path):
+    """The UNet is made one of velocity that knows no more than the latents' mean, which is scaled to be large."""
+    from safetensors.torch import load_file, save_file
+
+    base, kind = finished
+    pictures = write_pictures(tmp_path / "pictures", 4, kind=kind)
+    for file in pictures.glob("*.png"):
+        Image.new("L", (8, 8), 40).save(file)
+    folder = shutil.copytree(base / f"pictures-{kind}", tmp_path / f"pictures-{kind}")
+    latent = DiffusionPipeline.from_pretrained(folder).vae.encode(torch.full((1, 1, 8, 8), 40 / 127.5 - 1))
+    mean = latent.latent_dist.mean.mean((0, 2, 3)).detach()
+    vae = json.loads((folder / "vae/config.json").read_text())
+    vae["scaling_factor"] = float(2 / mean.square().mean().sqrt())
+    (folder / "vae/config.json").write_text(json.dumps(vae))
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_out.weight"].zero_()
+    weights["conv_out.bias"].copy_(-vae["scaling_factor"] * mean)
+    save_file(weights, file, {"format": "pt"})
+    config = write_config(tmp_path / "config.yaml", text_config(kind, pictures, tmp_path / "run"))
+    outcome = run("--config", config, folder=tmp_path)
+    assert outcome.returncode == 2
+    assert outcome.error.startswith(
+        "model.noise_scheduler.prediction_type: found epsilon, but the network predicts v_prediction: "
+    )
+    assert not (tmp_path / "run").exists()
+    key, value = outcome.error.rpartition("; set ")[2].split("=")
+    finish("--config", config, f"{key}={value}", folder=tmp_path)
+
+
+def test_the_loss_of_the_base_is_a_level_line(finished, tmp_path):
+    """Also in a run that was stopped before its end."""
+    base, kind = finished
+    lines = [line for line in history(base / "run") if "validation/loss" in line]
+    assert {line["validation/loss_base"] for line in lines} == {lines[0]["validation/loss"]}
+    file = write_config(tmp_path / "config.yaml", text_config(kind, base / "pictures", tmp_path / "run"))
+    finish("--config", file, "training.num_epochs=1", folder=tmp_path)
+    finish("--config", file, folder=tmp_path)
+    assert [line.get("validation/loss_base") for line in history(tmp_path / "run")][-1] == lines[0]["validation/loss"]
+
+
+def test_a_negative_prompt_leads_guided_samples_elsewhere(finished, tmp_path):
+    """The first block of columns is not guided, and stays as it was; the second one changes."""
+    base, kind = finished
+    samples = {"every_steps": 3, "count": 4, "inference_steps": 2, "guidance_scale": [1.0, 3.0], "prompts": PROMPTS}
+    config = text_config(kind, base / "pictures", tmp_path / "run", samples=samples | {"negative_prompt": "an emu"})
+    config["training"] = config["training"] | {"max_train_steps": 1}
+    finish("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path)
+    with_it, without = (
+        np.asarray(Image.open(folder / "run/samples/step-0.png").convert("L")).astype(int)
+        for folder in (tmp_path, base)
+    )
+    changed = np.flatnonzero((with_it != without).any(0))
+    assert len(changed)
+    assert changed.min() > with_it.shape[1] / 2  # in the right half, where scale 3 is
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "pipeline"), [("sd15-lora", "text"), ("sdxl-lora", "lora"), ("sd15", "text")])
+def test_a_recipe_trains_a_small_pipeline(tmp_path, recipe, pipeline):
+    """Everything as shipped but for the pipeline, the pictures, the length, and half precision, slow on a CPU."""
+    pictures = write_pictures(tmp_path / "pictures", 20, (10, 8), "text")
+    rows = [{"file_name": file.name, "text": file.with_suffix(".txt").read_text()} for file in pictures.glob("*.png")]
+    (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = of_kind(pipeline, pictures)["model"]["pretrained"]
+    config = yaml.safe_load((ROOT / f"configs/{recipe}.yaml").read_text())
+    changes = {
+        "model.pretrained": folder,
+        "data.source": pictures,
+        "output_dir": tmp_path / "run",
+        "data.num_workers": 0,
+        "samples.inference_steps": 2,
+        "training.max_train_steps": 2,
+        "lr_scheduler.warmup_steps": 1,
+        "logging.tracker": "null",
+    }
+    if "lora" in recipe:
+        changes["model.lora.base_dtype"] = "float32"
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    finish("--config", write_config(tmp_path / "config.yaml", config), *overrides, folder=tmp_path)
+    assert [line["step"] for line in history(tmp_path / "run") if "train/loss" in line] == [1, 2]
+    assert (tmp_path / "run" / ("lora" if "lora" in recipe else "pipeline") / "README.md").exists()
+    assert (tmp_path / "run/samples/step-2.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,10 @@ def loss_curve(history: list[dict[str, Any]], file: Path, steps_per_epoch: int) 
             "validation, averaged weights",
             {"color": "tab:red", "marker": "D", "linewidth": 1.5},
         ),
+        "validation/loss_base": (
+            "validation, pretrained model",
+            {"color": "gray", "linestyle": "--", "linewidth": 1.0},
+        ),
     }
     for name, (label, style) in styles.items():
         points = [(line["step"], line[name]) for line in history if name in line]

@@ -15,6 +15,7 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from torch.utils.tensorboard import SummaryWriter
 
 TRAIN, VALIDATION, AVERAGED, UNCONDITIONAL = "train", "validation", "validation_ema", "validation_unconditional"
+BASE = "validation_base"
 _SETTINGS = ".settings"  # suffix of the event file that each start writes anew
 
 # Where a scalar of metrics.jsonl is shown: its run and its tag. Charts are sorted by tag, so `loss` comes first.
@@ -23,6 +24,7 @@ PLACES = {
     "validation/loss": (VALIDATION, "loss"),
     "validation/loss_ema": (AVERAGED, "loss"),
     "validation/loss_unconditional": (UNCONDITIONAL, "loss"),
+    "validation/loss_base": (BASE, "loss"),
     "validation/condition_gain": (VALIDATION, "loss/condition_gain"),
     "train/loss": (TRAIN, "loss/each_update"),
     "train/epoch_loss": (TRAIN, "loss/epoch_mean"),
@@ -39,12 +41,13 @@ DESCRIPTIONS = {
     "loss": "Mean squared error of the prediction (no unit). **train**: corrected for which timesteps were drawn, and "
     "averaged over recent updates. **validation**: held-out images at fixed noise and timesteps. **validation_ema**: "
     "the same with the averaged weights, which are the ones exported. **validation_unconditional**: without the "
-    "images' classes. The curves need no more smoothing: set the slider under *Smoothing* to 0.",
+    "images' classes or captions. **validation_base**: of the pretrained model. The curves need no more smoothing: set "
+    "the slider under *Smoothing* to 0.",
     "loss/each_update": "Mean squared error over the images of one update, on all processes (no unit). Most of its "
     "scatter comes from which timesteps were drawn: set the slider under *Smoothing* to 0.9 or more, or read `loss`.",
     "loss/epoch_mean": "Mean squared error over the images of one epoch (no unit), each counted once.",
-    "loss/condition_gain": "Validation loss without the images' classes, minus the loss with them (no unit): what the "
-    "class tells the network.",
+    "loss/condition_gain": "Validation loss without the images' classes or captions, minus the loss with them (no "
+    "unit): what they tell the network.",
     "loss_by_timestep": "Mean squared error (no unit) of the images whose timestep lies in this range; a higher "
     "timestep is more noise. **train** has a few images an update here: set the slider under *Smoothing* to 0.9. "
     "**validation** needs none.",
@@ -121,7 +124,7 @@ class Board(GeneralTracker):  # type: ignore[misc] # Accelerate has no types
 
         TensorBoard gives out its colours in this order: orange, blue. The others are opened when they are needed.
         """
-        for run in (TRAIN, VALIDATION, AVERAGED, UNCONDITIONAL):
+        for run in (TRAIN, VALIDATION, AVERAGED, UNCONDITIONAL, BASE):
             if run in (TRAIN, VALIDATION) or (self.folder / run).is_dir():
                 self._writer(run)
 

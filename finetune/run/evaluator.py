@@ -49,7 +49,7 @@ class Evaluator:
             return (state.step % every_steps == 0 or state.step >= length.total_steps) and last != state.step
 
         if self.validation and due(length.interval(validation.every_steps), state.validated):
-            self._validate(self.validation, state.step)
+            self._validate(self.validation, state)
             state.validated = state.step
         if samples.count and due(samples.every_steps, state.sampled):
             self._draw(state.step)
@@ -67,9 +67,13 @@ class Evaluator:
     def _averaged(self) -> AbstractContextManager[None]:
         return averaged_weights(self.kind.trainable().values(), self.ema)
 
-    def _validate(self, validation: Validation, step: int) -> None:
+    def _validate(self, validation: Validation, state: RunState) -> None:
         losses = validation.losses(self.accelerator, self.check_stop)
         scalars = {"validation/loss": losses.mean()}
+        if state.step == 0 and self.config.model.pretrained is not None:
+            state.base_loss = float(losses.mean())
+        if state.base_loss is not None:  # a level line, which shows how far the loss has come
+            scalars["validation/loss_base"] = np.float64(state.base_loss)
         if self.kind.conditional:  # the difference is what the condition tells the network
             without = validation.losses(self.accelerator, self.check_stop, dropped=True).mean()
             scalars |= {"validation/loss_unconditional": without, "validation/condition_gain": without - losses.mean()}
@@ -79,7 +83,7 @@ class Evaluator:
         steps = self.kind.noise_scheduler.config.num_train_timesteps
         for name, loss in loss_by_timestep(losses, validation.timesteps, steps).items():
             scalars[f"validation/loss_by_timestep/{name}"] = np.float64(loss)
-        self.report.log(step, {name: float(value) for name, value in scalars.items()})
+        self.report.log(state.step, {name: float(value) for name, value in scalars.items()})
 
     def _draw(self, step: int) -> None:
         options, rows = self.config.samples, self.names

@@ -21,6 +21,7 @@ class RunState:
     measured: int = -1  # the step of the last measurement of quality
     best_step: int = -1  # the step with the lowest kernel distance, of those with an update
     best_distance: float | None = None
+    base_loss: float | None = None  # of the pretrained model on held-out images, as it was before the first update
     seconds: float = 0.0  # of training, over all starts
     branches: list[str] = field(default_factory=list)  # digests of the checkpoints that checkpoint.resume named so far
 

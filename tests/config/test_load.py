@@ -99,7 +99,9 @@ def test_defaults_of_every_key(tmp_path):
 
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
-assert {"digits", "digits-base", "butterflies", "wikiart"} <= {file.stem for file in SHIPPED}
+assert {"digits", "digits-base", "butterflies", "wikiart", "sd15", "sd15-lora", "sdxl-lora"} <= {
+    file.stem for file in SHIPPED
+}
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
