@@ -27,6 +27,7 @@ FORMATS: tuple[str, ...] = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG200
 FORMATS += ("PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP")
 GREY_MODES = ("1", "L", "LA", "La")
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE, INK_SET, SAMPLE_FORMAT = 258, 262, 281, 332, 339  # TIFF's tags
+ORIENTATION = 274  # in EXIF and TIFF
 WHITE_IS_ZERO, OTHER_INKS, SIGNED = 0, 2, 2  # values of three of them
 # A PNG may hold metadata of any size; PIL's own limit of 1 MB for a chunk refuses good pictures. This one is for all.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -58,9 +59,10 @@ def quiet() -> Iterator[None]:
 
 
 def original(source: bytes | str) -> Original:
-    """Size and colour of a picture that `decode` accepts, by its header."""
+    """Size, once it is upright, and colour of a picture that `decode` accepts, by its header."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
-        return Original(*file.size, colour=file.mode not in GREY_MODES and not file.mode.startswith(("I", "F")))
+        size = file.size[::-1] if _lies_on_its_side(file) else file.size
+        return Original(*size, colour=file.mode not in GREY_MODES and not file.mode.startswith(("I", "F")))
 
 
 def decode(source: bytes | str, channels: int, resolution: int, crop: str, background: str) -> npt.NDArray[np.uint8]:
@@ -115,6 +117,14 @@ def _transparency(file: Image.Image) -> Any:
     if isinstance(colour, tuple) and depth == "RGB;16B":
         return tuple(sample >> 8 for sample in colour)
     return colour
+
+
+def _lies_on_its_side(file: Image.Image) -> bool:
+    """Whether the EXIF orientation swaps width and height; PIL has swapped those of a TIFF file already."""
+    try:
+        return file.format != "TIFF" and file.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    except Exception:  # broken metadata says nothing about the pixels
+        return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

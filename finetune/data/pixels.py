@@ -16,7 +16,7 @@ import numpy.typing as npt
 from finetune.data.captions import Captions
 from finetune.data.order import Indices
 
-FORMAT = 2  # of cached rows: bump it when decoding changes
+FORMAT = 3  # of cached rows: bump it when decoding changes
 FEATURES = datasets.Features(
     pixels=datasets.Value("large_binary"),  # channels x height x width bytes; none of a bad picture
     height=datasets.Value("int32"),

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
 from finetune.core.errors import UserError
 from finetune.data import decode as decoding
-from finetune.data.decode import BadImageError, check_format, decode, quiet
+from finetune.data.decode import BadImageError, check_format, decode, original, quiet
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -478,3 +478,17 @@ def test_damage_of_any_kind_is_a_picture_or_a_reason(data, draw):
         damaged[place] = draw.draw(st.integers(0, 255))
     with contextlib.suppress(BadImageError):  # and nothing else
         assert decode(bytes(damaged), 3, 8, "center", "white").shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(("orientation", "expected"), [(1, (6, 4)), (3, (6, 4)), (6, (4, 6)), (8, (4, 6))])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_the_original_size_is_that_of_the_upright_picture(kind, orientation, expected):
+    """Of 6 x 4 pixels; orientations 5 to 8 lie on their side."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4)).save(file, kind, exif=exif)
+    width, height, _ = original(file.getvalue())
+    assert (width, height) == expected
+    pixels = decode(file.getvalue(), 3, 4, "random", "white")
+    assert (pixels.shape[1], pixels.shape[0]) == expected
