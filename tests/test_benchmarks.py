@@ -32,6 +32,10 @@ ROWS = {  # command -> the first cell of each row that it prints
     ],
     "crash --kills 1": ["killed: ...", "runs that ended bit for bit as the undisturbed one"],
     "invariance --short": ["1 x 2 x 4"],
+    "latents --short": [
+        *("16 latents of 4 x 4", "images/s gained, LoRA", "images/s gained, all weights"),
+        "encoded images over random latents",
+    ],
     "loader --short": [
         *(f"64 px from the cache, images{how}" for how in (" alone", ", cropped and flipped at random")),
         *("the same with noise and timesteps", "the same through two workers"),
