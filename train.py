@@ -126,6 +126,15 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
         accelerator.print(layout_dependence(layers))
     if note := unguided(config, kind):
         accelerator.print(note)
+
+    # Encoded once, before training; a check makes no encodings, and judges the network by those that exist.
+    if encodings is not None and not (check or measure):
+        encodings.make(accelerator)
+    encoded = encodings is None or not encodings.missing_bytes
+    if encodings is not None and encoded:
+        kind.remember(encodings.prompts())
+    if config.model.pretrained is not None and encoded:
+        together(lambda: check_prediction_type(kind, batches, config.seed, accelerator.device))
     if check or measure:
         accelerator.print(memory_plan(accelerator, kind, layout, config.ema.enabled))
         if measure:
@@ -133,11 +142,6 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
         return 0
 
     # Loader and optimizer.
-    if encodings is not None:
-        encodings.make(accelerator)
-        kind.remember(encodings.prompts())
-    if config.model.pretrained is not None:
-        together(lambda: check_prediction_type(kind, batches, config.seed, accelerator.device))
     sampler = WindowSampler(len(train_images), config.seed, layout)
     loader = make_loader(batches, sampler, config.data.num_workers, pin_memory=accelerator.device.type == "cuda")
     optimizer = make_optimizer(parameters, config.optimizer)

@@ -258,6 +258,8 @@ def test_a_pipeline_that_is_marked_wrong_is_refused_with_the_line_to_set(finishe
         "model.noise_scheduler.prediction_type: found epsilon, but the network predicts v_prediction: "
     )
     assert not (tmp_path / "run").exists()
+    checked = run("--config", config, "--check", folder=tmp_path)  # what is encoded by now is judged there too
+    assert checked.error == outcome.error
     key, value = outcome.error.rpartition("; set ")[2].split("=")
     finish("--config", config, f"{key}={value}", folder=tmp_path)
 
