@@ -37,6 +37,7 @@ from finetune.core.distributed import (
     use_available_cores,
 )
 from finetune.core.failures import exit_code
+from finetune.core.shapes import run_shapes
 from finetune.core.stopping import Interrupted
 from finetune.data.encoded_batches import find_encodings, make_batches
 from finetune.data.loading import load_data
@@ -44,14 +45,14 @@ from finetune.data.order import WindowSampler
 from finetune.data.workers import make_loader
 from finetune.evaluation.prediction_type import check_prediction_type
 from finetune.evaluation.quality import Quality
-from finetune.evaluation.sampling import check_sampling, sampled_names
+from finetune.evaluation.sampling import check_sampling, sampled_names, sampled_shapes
 from finetune.evaluation.validation import Validation
 from finetune.models.classes import with_classes
 from finetune.models.ema import make_ema
 from finetune.models.load import load_kind, outline_network
 from finetune.run.recovery import check_finite, explain_failure
 from finetune.run.start import find_start, start_run
-from finetune.run.summary import layout_dependence, peak_throughput, plan, unguided
+from finetune.run.summary import layout_dependence, peak_throughput, plan, shapes_note, unguided
 from finetune.training.compute import flops_per_image, peak_rates
 from finetune.training.memory import largest_layout, memory_plan, state_plan
 from finetune.training.objective import loss_per_image
@@ -86,12 +87,16 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     outline = main_process_first(lambda: outline_network(config.model, config.data.resolution))
     accelerator.print(together(lambda: state_plan(accelerator, outline, layout.num_processes, config.ema.enabled)))
     kind = main_process_first(lambda: load_kind(config.model, config.data.resolution, config.seed))
-    needed = config.model.class_conditional, config.output_dir, kind.captioned
+    buckets = config.data.buckets
+    shapes = on_main_process(lambda: run_shapes(buckets, kind.image_format.resolution, kind.divisor))
+    together(lambda: kind.train_shapes(shapes))
+    needed = config.model.class_conditional, config.output_dir, kind.captioned, shapes if buckets is not None else None
     train_images, held_out = main_process_first(lambda: load_data(config.data, kind.image_format, config.seed, *needed))
     if config.model.class_conditional:
         kind = together(lambda: with_classes(kind, train_images.class_names, config.seed))
     captions = train_images.captions.examples(SHOWN_CAPTIONS) if train_images.captions else []
     names = together(lambda: sampled_names(config.samples, kind, captions))
+    drawn_shapes = together(lambda: sampled_shapes(config.samples, train_images.shapes))
     parameters = list(kind.trainable().values())
     kind.network.to(accelerator.device)
     noise_scheduler, ema = kind.noise_scheduler, make_ema(parameters, config.ema)
@@ -118,10 +123,12 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     start = find_start(config, accelerator, kind, layout, len(train_images), train_images.fingerprint)
 
     # The plan.
-    flops = flops_per_image(kind)
+    flops = flops_per_image(kind, train_images.shapes)
+    sampler = WindowSampler(len(train_images), config.seed, layout, train_images.shape_numbers)
     notes = list(dict.fromkeys([*train_images.notes, *(held_out.notes if held_out else ())]))
     notes += encodings.notes if encodings else []
-    accelerator.print(plan(config, accelerator, layout, kind, len(train_images), len(held_out or ()), notes, flops))
+    counts, dealt = (len(train_images), len(held_out or ())), shapes_note(train_images.shapes, sampler)
+    accelerator.print(plan(config, accelerator, layout, kind, *counts, notes, flops, dealt))
     if layers := layout_dependent_layers(kind.network):
         accelerator.print(layout_dependence(layers))
     if note := unguided(config, kind):
@@ -142,20 +149,21 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
         return 0
 
     # Loader and optimizer.
-    sampler = WindowSampler(len(train_images), config.seed, layout)
     loader = make_loader(batches, sampler, config.data.num_workers, pin_memory=accelerator.device.type == "cuda")
     optimizer = make_optimizer(parameters, config.optimizer)
     unet, optimizer, loader = accelerator.prepare(kind.network, optimizer, loader)
     check_compiled(accelerator, unet, kind, layout.micro_batch_size)
 
     # From here on files are written.
-    run = start_run(start, config, accelerator, kind, ema, validation, quality, names, sampler)
+    run = start_run(start, config, accelerator, kind, ema, validation, quality, names, sampler, drawn_shapes)
     set_hyperparameters(optimizer, config.optimizer)
     lr_scheduler = make_lr_scheduler(optimizer, config.lr_scheduler, run.length.total_steps, run.state.updates)
 
     try:
         run.evaluate()  # baseline evaluation, or one that an interruption skipped
         for batch in run.batches(loader):
+            if not run.window.losses:  # a window of many shapes takes as many micro-steps as its shapes need
+                accelerator.gradient_accumulation_steps, accelerator.step = run.window.accumulation_steps, 0
             with accelerator.accumulate(unet):
                 clean_images, conditions = kind.inputs(batch)
                 noise, timesteps = batch["noise"], batch["timesteps"]

@@ -1,7 +1,8 @@
-"""Draws the README's picture from a real run of configs/digits-classes.yaml: digits before and after, and the loss.
+"""Draws the README's pictures: a window of many shapes; of a run of configs/digits-classes.yaml digits and the loss.
 
 python docs/make_pictures.py                              # trains first: about two minutes on two CPU cores
 python docs/make_pictures.py --run runs/digits-classes    # from a run that is finished
+python docs/make_pictures.py --window                     # only how a window of many shapes is dealt out
 """
 
 import argparse
@@ -16,9 +17,16 @@ import torch
 from diffusers import DDIMPipeline, DiffusionPipeline
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from finetune.core.batch import BatchLayout  # noqa: E402 - found once the path is set
+from finetune.core.dealing import deal_by_shape  # noqa: E402
+from finetune.core.shapes import Shape, run_shapes  # noqa: E402
+
 PICTURES = ROOT / "docs/pictures"
 ROWS, COLUMNS = 4, 10  # of digits; a column a class
 THEMES = {  # as GitHub shows pages: background, text, grid lines, each update, smoothed, validation
@@ -104,11 +112,60 @@ def draw(run: Path) -> None:
         Image.open(file).convert("RGB").save(file, optimize=True)  # without the alpha channel
 
 
+def draw_window() -> None:
+    """docs/pictures/window-light.png and window-dark.png: 32 pictures of five shapes, dealt to two processes."""
+    ladder = run_shapes(5, 64, 8)
+    shapes = np.random.default_rng(4).choice(len(ladder), 32, p=(0.15, 0.15, 0.1, 0.4, 0.2))
+    dealing = deal_by_shape(shapes, BatchLayout(4, 4, 2))
+    for theme, (background, text, lines, *fills) in THEMES.items():
+        figure = Figure(figsize=(10, 2.6), dpi=110, layout="constrained", facecolor=background)
+        above, *below = figure.subplots(1 + dealing.num_processes, 1)
+        above.set_title("a window: 32 positions of the epoch's order", color=text, fontsize=10, loc="left")
+        _draw_row(above, [[*range(32)]], shapes, ladder, (lines, background, fills))
+        for number, (axes, process) in enumerate(zip(below, dealing.micro_batches, strict=True), 1):
+            title = f"process {number}: {len(process)} micro-batches of at most 4, each of one shape"
+            axes.set_title(title, color=text, fontsize=10, loc="left")
+            _draw_row(axes, [one.places.tolist() for one in process], shapes, ladder, (lines, background, fills))
+        file = PICTURES / f"window-{theme}.png"
+        figure.savefig(file)
+        Image.open(file).convert("RGB").save(file, optimize=True)
+
+
+def _draw_row(axes: Axes, groups: list[list[int]], shapes: np.ndarray, ladder: list[Shape], colours: tuple) -> None:
+    """Places of a window as rectangles of their shapes, with a frame around each micro-batch."""
+    lines, number, fills = colours
+    left, gap, tallest = 0.0, 10, max(shape.height for shape in ladder)
+    for group in groups:
+        start = left
+        for place in group:
+            shape = ladder[shapes[place]]
+            left += gap
+            bottom, fill = (tallest - shape.height) / 2, fills[shapes[place] % len(fills)]
+            axes.add_patch(Rectangle((left, bottom), shape.width, shape.height, facecolor=fill))
+            axes.text(
+                left + shape.width / 2, tallest / 2, str(place), color=number, fontsize=7, ha="center", va="center"
+            )
+            left += shape.width
+        left += gap
+        axes.add_patch(Rectangle((start, -gap), left - start, tallest + 2 * gap, fill=False, edgecolor=lines))
+        left += 2 * gap
+    axes.set_xlim(-gap, 2500)
+    axes.set_ylim(-2 * gap, tallest + 2 * gap)
+    axes.set_aspect("equal")
+    axes.set_anchor("W")
+    axes.axis("off")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="draw this finished run instead of training one")
-    run = parser.parse_args().run
+    parser.add_argument("--window", action="store_true", help="draw only how a window of many shapes is dealt out")
+    arguments = parser.parse_args()
+    run = arguments.run
     PICTURES.mkdir(exist_ok=True)
+    draw_window()
+    if arguments.window:
+        return
     with tempfile.TemporaryDirectory() as folder:
         if run is None:
             run = Path(folder, "digits-classes")

@@ -61,6 +61,12 @@ ROWS = {  # command -> the first cell of each row that it prints
         "global batch 16 over 4, micro-batches of 4",
         *("gradient_checkpointing, micro-batch of 4", "saves, or none"),
     ],
+    "shapes --short": [
+        *("1", "3", "5", "7"),
+        *("16, 4, 1", "16, 4, 2"),
+        "32 px, 8 images in micro-batches of 4",
+        *("4 x 4 x 1", "4 x 2 x 2", "8 x 4 x 2"),
+    ],
 }
 SHARED = {"bare", "environment", "table"}  # by the benchmarks
 

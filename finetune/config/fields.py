@@ -62,6 +62,12 @@ Scales = Annotated[
     NonNegative | Annotated[tuple[NonNegative, ...], Strict(False), Field(min_length=1)],
     Field(description="a number, 0 or more, or a list of them"),
 ]
+Shapes = Annotated[
+    tuple[Annotated[tuple[Count, Count], Strict(False)], ...],
+    Strict(False),
+    Field(min_length=1, description="a list of [width, height]"),
+]
+Buckets = Annotated[Count | Shapes, Field(description="a number of shapes or a list of [width, height]")]
 Labels = Annotated[tuple[int | str, ...], Strict(False), Field(min_length=1, description="a list of numbers or texts")]
 Text = Annotated[str, Field(pattern=r"^\P{Cc}*[^\s\p{Cc}]\P{Cc}*$", description="a line of text")]
 Names = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1, description="a list of names")]

@@ -3,13 +3,14 @@
 The string below a key says what it means and in which unit; docs/make_config.py makes docs/config.md of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from finetune.config.fields import (
     Betas,
+    Buckets,
     Count,
     Decay,
     Flag,
@@ -26,6 +27,7 @@ from finetune.config.fields import (
     Resume,
     Scales,
     Seed,
+    Shapes,
     StepRules,
     Text,
     short,
@@ -88,6 +90,13 @@ class ModelConfig(Section):
             yield "lora", "found it with model.unet; expected it with a pretrained text-to-image model"
 
 
+def _doubles(key: str, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """A problem for each shape that a list has more than once."""
+    for shape in dict.fromkeys(shapes):
+        if shapes.count(shape) > 1:
+            yield key, f"found {short(list(shape))} {shapes.count(shape)} times; expected it once"
+
+
 class DataConfig(Section):
     source: Path
     """`digits`, a folder of pictures, parquet, arrow or WebDataset tar files, or a dataset's hub id."""
@@ -105,8 +114,11 @@ class DataConfig(Section):
     """One caption for all pictures, instead of captions of their own."""
     resolution: Count | None = None
     """Pixels a side; null: the model's `sample_size`."""
+    buckets: Buckets | None = None
+    """Shapes that pictures are given, each the nearest to its own: so many of diffusers' ladder of aspect ratios, whose
+    areas are about resolution x resolution, or a list of [width, height]; null: all become squares."""
     crop: Literal["center", "random"] = "center"
-    """How pictures become square: the middle, or another random part in each epoch."""
+    """How pictures are cut to their shape: the middle, or another random part in each epoch."""
     random_flip: Flag = False
     """Mirror each image with probability 1/2, drawn anew in each epoch."""
     background: Text = "white"
@@ -125,6 +137,8 @@ class DataConfig(Section):
             yield "validation_split", f"found {short(self.split)}; expected a split other than data.split"
         if self.caption is not None and self.caption_column is not None:
             yield "caption", f"found {short(self.caption)} and a caption_column; expected one of them"
+        if isinstance(self.buckets, tuple):
+            yield from _doubles("buckets", self.buckets)
 
 
 class TrainingConfig(Section):
@@ -258,6 +272,8 @@ class SamplesConfig(Section):
     """Prompts to draw, a row of the grid each; null: the captions of the first images."""
     negative_prompt: Text | None = None
     """Prompt that guidance leads away from; null: no prompt."""
+    shapes: Shapes | None = None
+    """Shapes to draw, a grid each, of those of `data.buckets`; null: the most frequent one."""
     guidance_scale: Scales = 1.0
     """Scale of classifier-free guidance, 1 for none; a list: a block of columns each."""
 
@@ -314,6 +330,16 @@ class Config(Section):
             yield "checkpoint.keep_best", "found true; expected it with validation.quality, which says what is best"
         if self.validation.quality and not (self.data.validation_fraction or self.data.validation_split):
             yield "validation.quality", "found no held-out images; expected data.validation_fraction above 0 or a split"
+        if self.samples.shapes is not None:
+            yield from _doubles("samples.shapes", self.samples.shapes)
+            if self.data.buckets is None:
+                given = short([list(shape) for shape in self.samples.shapes])
+                yield "samples.shapes", f"found {given}; expected it with data.buckets only"
+        if self.validation.quality and self.data.buckets is not None:
+            yield (
+                "validation.quality",
+                "found it with data.buckets; expected null, as it compares pictures of one shape",
+            )
         if self.lr_scheduler.name == "polynomial" and self.optimizer.learning_rate <= 1e-7:
             found = self.optimizer.learning_rate
             yield (

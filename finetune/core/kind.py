@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 
+from finetune.core.shapes import Shape
+
 Batch = Mapping[str, torch.Tensor]
 """What a micro-batch of b images holds, by name:
 
@@ -77,6 +79,8 @@ class Kind(Protocol):
         class_names: the classes that it knows by name; none unless it is class-conditional.
         export_name: of the folder of a finished run that `save` writes.
         made_for: pixels a side that the model came with; None where it names no square.
+        divisor: what both sides of a picture have to be multiples of.
+        shapes: of the pictures that are trained; the square of the image format, unless `train_shapes` sets others.
     """
 
     network: ModelMixin
@@ -87,6 +91,12 @@ class Kind(Protocol):
     class_names: list[str]
     export_name: str
     made_for: int | None
+    divisor: int
+    shapes: list[Shape]
+
+    def train_shapes(self, shapes: list[Shape]) -> None:
+        """Train pictures of these shapes; raises UserError if the network cannot take one of them."""
+        ...
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
         """The clean tensor that is noised, (b, C, H, W), and the network's other arguments by name."""
@@ -111,8 +121,8 @@ class Kind(Protocol):
         """Keep the embeddings of the prompts that `conditions` will be asked for, and of the empty one."""
         ...
 
-    def example(self, count: int) -> dict[str, torch.Tensor]:
-        """A batch of `count` blank images as the data would make it, on the CPU."""
+    def example(self, count: int, shape: Shape | None = None) -> dict[str, torch.Tensor]:
+        """A batch of `count` blank images as the data would make it, on the CPU: of a shape, or of the largest area."""
         ...
 
     def without_memory(self) -> ModelMixin:

@@ -29,7 +29,7 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         condition_dropout: float = 0.0,
         noise_offset: float = 0.0,
     ):
-        self.images, self.seed, self.resolution = images, seed, images.resolution
+        self.images, self.seed = images, seed
         self.num_train_timesteps, self.timestep_sampling = num_train_timesteps, timestep_sampling
         self.crop, self.random_flip = crop, random_flip
         self.labels, self.condition_dropout, self.noise_offset = labels, condition_dropout, noise_offset
@@ -38,7 +38,7 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         return len(self.images)
 
     def __getitems__(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
-        """A batch of b slots.
+        """A batch of b slots, whose images have one shape.
 
         Returns:
             noise: standard normal, in the default dtype, of the shape of what is noised: (b, C, H, W).
@@ -47,7 +47,7 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
             dropped: bool (b,), where there are conditions.
             And what `content` and `conditions` return.
         """
-        shape = self.shape
+        shape = self.shape(slots[0].image)
         noise = torch.empty(len(slots), *shape)
         for place, slot in enumerate(slots):
             noise[place] = randomness.noise(self.seed, slot.epoch, slot.position, shape)
@@ -76,10 +76,9 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         labels = torch.from_numpy(self.labels[images])
         return {"images": pixels, "labels": labels, "dropped": torch.full((len(images),), dropped)}
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of what is noised, (C, H, W)."""
-        return self.images.channels, self.resolution, self.resolution
+    def shape(self, image: int) -> tuple[int, ...]:
+        """What is noised of an image, (C, H, W)."""
+        return self.images.channels, *self.images.shape(image)
 
     @property
     def conditional(self) -> bool:
@@ -87,7 +86,7 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         return self.labels is not None
 
     def content(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
-        """What is noised: images, uint8 (b, C, resolution, resolution), contiguous."""
+        """What is noised: images, uint8 (b, C, H, W), contiguous."""
         return {"images": self.read_images(slots)}
 
     def conditions(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
@@ -108,20 +107,20 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         return self.random_flip and bool(randomness.uniform(self.seed, "flip", slot.epoch, slot.position, 1)[0] < 0.5)
 
     def read_images(self, slots: list[Slot]) -> torch.Tensor:
-        """The images of b slots, cropped and flipped: uint8 (b, C, resolution, resolution)."""
-        images = torch.empty(len(slots), self.images.channels, self.resolution, self.resolution, dtype=torch.uint8)
+        """The images of b slots, cropped and flipped: uint8 (b, C, H, W)."""
+        images = torch.empty(len(slots), self.images.channels, *self.images.shape(slots[0].image), dtype=torch.uint8)
         channels_last = images.numpy().transpose(0, 2, 3, 1)  # a view: pixels go straight to their place
         for place, slot in enumerate(slots):
             channels_last[place] = self._augmented(slot)
         return images
 
     def _augmented(self, slot: Slot) -> np.ndarray:
-        """The image of a slot, cropped and flipped as its key says: uint8 (resolution, resolution, C), a view."""
+        """The image of a slot, cropped and flipped as its key says: uint8 (H, W, C), a view."""
         if self.crop == "random":
-            pixels, side = self.images.pixels(slot.image), self.resolution
+            pixels, (height, width) = self.images.pixels(slot.image), self.images.shape(slot.image)
             draws = randomness.uniform(self.seed, "crop", slot.epoch, slot.position, 2)
-            top, left = (int(u * (n - side + 1)) for u, n in zip(draws, pixels.shape, strict=False))
-            pixels = pixels[top : top + side, left : left + side]
+            top, left = int(draws[0] * (len(pixels) - height + 1)), int(draws[1] * (pixels.shape[1] - width + 1))
+            pixels = pixels[top : top + height, left : left + width]
         else:
             pixels = self.images[slot.image]
         if self.flipped(slot):

@@ -9,15 +9,16 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from finetune.core.errors import UserError
+from finetune.core.shapes import Shape, covering, nearest
 from finetune.data.colour import in_srgb
 from finetune.data.pixels import Original
 
@@ -28,6 +29,7 @@ FORMATS += ("PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP")
 GREY_MODES = ("1", "L", "LA", "La")
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE, INK_SET, SAMPLE_FORMAT = 258, 262, 281, 332, 339  # TIFF's tags
 ORIENTATION = 274  # in EXIF and TIFF
+DRAFTED = ("JPEG", "MPO")  # formats that may be decoded smaller, and whose EXIF tag is known before that
 WHITE_IS_ZERO, OTHER_INKS, SIGNED = 0, 2, 2  # values of three of them
 # A PNG may hold metadata of any size; PIL's own limit of 1 MB for a chunk refuses good pictures. This one is for all.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -65,47 +67,71 @@ def original(source: bytes | str) -> Original:
         return Original(*size, colour=file.mode not in GREY_MODES and not file.mode.startswith(("I", "F")))
 
 
+class Decoded(NamedTuple):
+    """A picture as pixels."""
+
+    pixels: npt.NDArray[np.uint8]  # (H, W, C)
+    shape: Shape  # what is trained of it: all, or less where crops are random
+    width: int  # before it was resized, upright
+    height: int
+
+
 def decode(source: bytes | str, channels: int, resolution: int, crop: str, background: str) -> npt.NDArray[np.uint8]:
     """The picture as uint8 (H, W, channels), its shorter side resized to `resolution` with antialiasing.
+
+    The arguments are those of `decode_to_shape`, for a square.
+    """
+    return decode_to_shape(source, channels, [Shape(resolution, resolution)], crop, background).pixels
+
+
+def decode_to_shape(source: bytes | str, channels: int, shapes: Sequence[Shape], crop: str, background: str) -> Decoded:
+    """The picture, resized with antialiasing to cover the shape that is nearest to its own.
 
     Args:
         source: an encoded picture, or the path of one.
         channels: 1 (grey, ITU-R 601 luma), 3 (RGB) or 4 (RGBA: the only one that stays transparent).
-        crop: `center` cuts the middle square, H = W = resolution; `random` keeps the longer side for a later choice.
+        crop: `center` cuts the middle part, of exactly the shape; `random` keeps what is longer for a later choice.
         background: the colour that transparent pixels are laid on.
 
     Raises:
         BadImageError: truncated, empty, no picture, fewer than 2 pixels a side, too large, or unreadable.
     """
     try:
-        return _decode(source, channels, resolution, crop, background)
+        return _decode(source, channels, shapes, crop, background)
     except BadImageError:
         raise
     except Exception as error:  # a damaged file may raise anything from any of the decoders
         raise BadImageError(_reason(error, source)) from None
 
 
-def _decode(source: bytes | str, channels: int, resolution: int, crop: str, background: str) -> npt.NDArray[np.uint8]:
+def _decode(source: bytes | str, channels: int, shapes: Sequence[Shape], crop: str, background: str) -> Decoded:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
         width, height = file.size
         if min(width, height) < 2:
             raise BadImageError(f"is {width} x {height} pixels, expected at least 2 a side")
+        transparency = _transparency(file)
+        if file.format not in DRAFTED:
+            file.load()  # now a TIFF is upright, and a PNG's EXIF tag known
+        upright = file.size[::-1] if _lies_on_its_side(file) else file.size
+        shape = nearest(shapes, *upright)
+        target = shape if upright == file.size else Shape(shape.width, shape.height)  # as the file lies
         # JPEG decodes at 1/2, 1/4 or 1/8, never below what is asked. The original size divided by the scale may be
         # fractional.
-        reduced = file.draft("RGB", (resolution, resolution))
-        transparency = _transparency(file)
+        reduced = file.draft("RGB", (target.width, target.height))
         file.load()
         if transparency is not None:
             file.info["transparency"] = transparency
         sides = reduced[1][2:] if reduced else file.size
         profile = file.info.get("icc_profile")
-        image = _resized(_resizable(file, keep_cmyk=bool(profile)), sides, resolution, crop)
+        image = _resized(_resizable(file, keep_cmyk=bool(profile)), sides, target, crop)
     image = _upright(in_srgb(image, profile))
+    if image.width < shape.width or image.height < shape.height:
+        raise BadImageError("has an EXIF orientation that cannot be read reliably")
     if image.mode == "RGBA" and channels != 4:
         canvas = Image.new("RGBA", image.size, ImageColor.getcolor(background, "RGB"))
         image = Image.alpha_composite(canvas, image).convert("RGB")
     pixels = np.asarray(image.convert(MODES[channels]))
-    return pixels.reshape(*pixels.shape[:2], channels)
+    return Decoded(pixels.reshape(*pixels.shape[:2], channels), shape, *upright)
 
 
 def _transparency(file: Image.Image) -> Any:
@@ -204,15 +230,17 @@ def _peaks(image: Image.Image) -> tuple[int, ...]:
     return (255, 65535, 2**31 - 1)
 
 
-def _resized(image: Image.Image, sides: tuple[float, float], resolution: int, crop: str) -> Image.Image:
-    """Shorter side = resolution. A gap of 3 reduces large pictures by whole pixels first: faster, no visible loss."""
-    (width, height), side = sides, min(sides)
+def _resized(image: Image.Image, sides: tuple[float, float], shape: Shape, crop: str) -> Image.Image:
+    """Just as large as covers the shape. A gap of 3 reduces large pictures by whole pixels first: faster, no visible
+    loss."""
+    width, height = sides
     if crop == "center":
-        left, top = (width - side) / 2, (height - side) / 2
-        across = down = resolution
-        box = (left, top, left + side, top + side)
+        across, down = shape.width, shape.height
+        inside = min(width, height * across / down), min(height, width * down / across)
+        left, top = (width - inside[0]) / 2, (height - inside[1]) / 2
+        box = (left, top, left + inside[0], top + inside[1])
     else:
-        across, down = (max(resolution, round(length * resolution / side)) for length in sides)
+        across, down = covering(width, height, shape)
         box = (0, 0, width, height)
         if across * down > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise BadImageError(f"is {width:g} x {height:g} pixels: too long and narrow to become {across} x {down}")

@@ -47,16 +47,16 @@ class EncodedBatches(Batches):
 
     conditional = True
 
-    @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self, image: int) -> tuple[int, ...]:
         return self.posteriors.fields["mean"]
 
     def content(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
         """What is noised: latents, not scaled, (b, c, h, w) in the default dtype."""
-        latents = torch.empty(len(slots), *self.shape)
+        shape = self.shape(slots[0].image)
+        latents = torch.empty(len(slots), *shape)
         for place, slot in enumerate(slots):
             posterior = self._posterior(slot.image, self.flipped(slot))
-            draw = randomness.noise(self.seed, slot.epoch, slot.position, self.shape, "posterior")
+            draw = randomness.noise(self.seed, slot.epoch, slot.position, shape, "posterior")
             latents[place] = posterior["mean"] + posterior["std"] * draw
         return {"latents": latents}
 

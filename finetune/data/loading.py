@@ -1,21 +1,23 @@
 """From any data source to decoded images: those to train on and those held out."""
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import datasets
 import numpy as np
 
 from finetune.config.schema import DataConfig
 from finetune.core.errors import UserError
 from finetune.core.kind import ImageFormat
+from finetune.core.shapes import Shape
 from finetune.data.cache import decoded
 from finetune.data.caption_sources import read_captions
+from finetune.data.changes import changes_to_shapes, changes_to_squares
 from finetune.data.damage import is_pointer
-from finetune.data.decode import BadImageError, check_format, decode, original, quiet
-from finetune.data.order import Indices, held_out
-from finetune.data.pixels import FEATURES, FORMAT, Images, error_row, pixel_row
+from finetune.data.decode import BadImageError, check_format, decode, decode_to_shape, original, quiet
+from finetune.data.order import held_out
+from finetune.data.pixels import FEATURES, FORMAT, SHAPED_FEATURES, Images, Original, error_row, pixel_row, shaped_row
 from finetune.data.selection import Selection, select
 from finetune.data.sources import Source, explained, open_source
 
@@ -29,6 +31,7 @@ def load_data(
     labelled: bool = False,
     output_dir: str | None = None,
     captioned: bool = False,
+    shapes: Sequence[Shape] | None = None,
 ) -> tuple[Images, Images | None]:
     """Images to train on and images held out: `validation_split`, or a fraction chosen by the seed alone.
 
@@ -39,6 +42,7 @@ def load_data(
         labelled: every image has to have a label, and a held-out one the label of some image to train on.
         output_dir: where the run will write, which may not be among the images.
         captioned: every image has to have a caption.
+        shapes: that pictures are given, each the nearest; None: all become squares.
 
     Raises:
         UserError: no such source, split, column or label; no room; bad images, all in one error, unless
@@ -49,10 +53,11 @@ def load_data(
         key = "caption" if config.caption else "caption_column"
         raise UserError(f"data.{key}: found {getattr(config, key)!r}; expected it with a text-to-image model only")
     source = open_source(config.source, output_dir, captioned)
-    images = _load(source, config, config.split, "data.split", image_format, labelled, captioned)
+    needed = image_format, labelled, captioned, shapes
+    images = _load(source, config, config.split, "data.split", *needed)
     if config.validation_split is not None:
         key = "data.validation_split"
-        held = _load(source, config, config.validation_split, key, image_format, labelled, captioned)
+        held = _load(source, config, config.validation_split, key, *needed)
     else:
         chosen = held_out(seed, len(images), config.validation_fraction)
         if not len(chosen):
@@ -75,6 +80,7 @@ def _load(
     image_format: ImageFormat,
     labelled: bool,
     captioned: bool,
+    shapes: Sequence[Shape] | None,
 ) -> Images:
     chosen = select(source.splits, config, split, key)
     if not len(chosen.rows):
@@ -82,22 +88,21 @@ def _load(
     if labelled:
         _check_labels(source, config, chosen)
     channels, resolution = image_format
-    options: dict[str, Any] = {
-        "channels": channels,
-        "resolution": resolution,
-        "crop": config.crop,
-        "background": config.background,
-    }
+    size = {"resolution": resolution} if shapes is None else {"shapes": [tuple(shape) for shape in shapes]}
+    options: dict[str, Any] = {"channels": channels, **size, "crop": config.crop, "background": config.background}
+    features = FEATURES if shapes is None else SHAPED_FEATURES
     with explained(config.source), quiet():
         decode_row = partial(_decode_row, folders=source.folders, **options)
-        identity, size = repr((FORMAT, list(FEATURES), options)), resolution**2 * channels
-        table = decoded(chosen.dataset, chosen.image_column, chosen.rows, decode_row, FEATURES, identity, size)
+        identity, about = repr((FORMAT, list(features), options)), resolution**2 * channels
+        table = decoded(chosen.dataset, chosen.image_column, chosen.rows, decode_row, features, identity, about)
     errors = table.data.column("error")
     bad = np.flatnonzero(errors.is_valid().to_numpy())
-    problems = []
-    for index, row in zip(bad.tolist(), chosen.rows[bad].tolist(), strict=True):
-        name = source.describe(row, chosen.dataset[row][chosen.image_column])
-        problems.append(f"{name}: {errors[index].as_py()}")
+
+    def name(index: int) -> str:
+        row = int(chosen.rows[index])
+        return source.describe(row, chosen.dataset[row][chosen.image_column])
+
+    problems = [f"{name(index)}: {errors[index].as_py()}" for index in bad.tolist()]
     if problems and (config.on_bad_image == "error" or len(problems) == len(table)):
         advice = "fix or remove them" + (", or set data.on_bad_image=skip" if config.on_bad_image == "error" else "")
         found = f"found {len(problems)} of {len(table)} images bad"
@@ -114,29 +119,11 @@ def _load(
             f"left out {len(problems)} of {len(table)} images of {split!r}, which are bad (on_bad_image: skip):"
         )
         notes += [f"  {line}" for line in _listed(problems)]
-    notes += _changes(table, good, image_format)
+    if shapes is None:
+        notes += changes_to_squares(table, good, image_format)
+    else:
+        notes += changes_to_shapes(table, good, image_format, name)
     return Images(table, good, channels, resolution, labels, chosen.label_names, problems, notes, captions)
-
-
-def _changes(table: datasets.Dataset, rows: Indices, image_format: ImageFormat) -> list[str]:
-    """What decoding did to the pictures in some rows of the cache, a line each: size, crop and colour."""
-    channels, resolution = image_format
-    columns = (table.data.column(f"original_{name}").to_numpy()[rows] for name in ("width", "height", "colour"))
-    widths, heights, colour = columns
-    shorter, longer = np.minimum(widths, heights), np.maximum(widths, heights)
-    smallest, largest = shorter.argmin(), (widths * heights).argmax()
-    sizes = f"{widths[largest]} x {heights[largest]}"
-    if len({*zip(widths.tolist(), heights.tolist(), strict=True)}) > 1:
-        sizes = f"{widths[smallest]} x {heights[smallest]} to {sizes}"
-    notes = [f"sizes: {sizes} pixels, the shorter side resized to {resolution}"]
-    if enlarged := int((shorter < resolution).sum()):
-        notes[0] += f" ({enlarged} of {len(rows)} enlarged)"
-    lost = 1 - shorter / longer  # of a picture's area, outside of a square
-    if lost.max() > 0:
-        notes.append(f"cropped to squares: {lost.mean():.0%} of a picture on average, {lost.max():.0%} at most")
-    if channels == 1 and (grey := int(colour.sum())):
-        notes.append(f"colour made grey, as the model has one channel: {grey} of {len(rows)}")
-    return notes
 
 
 def _listed(problems: list[str]) -> list[str]:
@@ -170,6 +157,11 @@ def _decode_row(image: dict[str, Any] | None, folders: tuple[str, ...], **option
     except BadImageError as error:
         return error_row(str(error))
     try:
+        if "shapes" in options:
+            shapes = [Shape(*sides) for sides in options["shapes"]]
+            made = decode_to_shape(encoded, **options | {"shapes": shapes})
+            size = Original(made.width, made.height, original(encoded).colour)
+            return shaped_row(made.pixels, size, made.shape)
         return pixel_row(decode(encoded, **options), original(encoded))
     except BadImageError as error:
         if is_pointer(encoded):

@@ -5,12 +5,14 @@ is a matter of hardware; what is in it is not. Everything here is a pure functio
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from finetune.core.batch import BatchLayout, window_range, windows_per_epoch
+from finetune.core.dealing import Dealing, deal_by_shape, deal_evenly
 
 Indices = npt.NDArray[np.int64]
 
@@ -21,7 +23,7 @@ class Slot(NamedTuple):
     image: int  # index into the training images
     epoch: int
     position: int  # the image's place in its epoch's order, 0 .. n-1
-    weight: float  # N * P / n_w for a real image, 0 for padding
+    weight: float  # of its loss (see `Dealing.weight`), 0 for padding
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> Indices:
@@ -41,56 +43,69 @@ def held_out(seed: int, num_images: int, fraction: float) -> Indices:
     return np.sort(order[:count])
 
 
-def deal(images: Indices, epoch: int, positions: range, layout: BatchLayout) -> Iterator[list[Slot]]:
-    """Micro-batches of one window: micro-batch kP + r is micro-step k of process r.
+def deal(images: Indices, epoch: int, positions: range, dealing: Dealing) -> Iterator[list[Slot]]:
+    """Micro-batches of one window, in the order in which Accelerate deals them out.
 
     Args:
         images: the epoch's order, shape (n,).
         positions: the window's positions in that order.
-
-    Every micro-batch has `micro_batch_size` slots, and their number is a multiple of the processes, so that every
-    process does the same number of micro-steps, each of one shape. Missing slots are padding: the window's first image
-    with weight 0. The weight N * P / n_w undoes Accelerate's division by N and DDP's by P: the mean over n_w images.
     """
-    weight = layout.gradient_accumulation_steps * layout.num_processes / len(positions)
-    slots = [Slot(int(images[position]), epoch, position, weight) for position in positions]
-    micro, stride = layout.micro_batch_size, layout.micro_batch_size * layout.num_processes
-    slots += [slots[0]._replace(weight=0.0)] * (-len(slots) % stride)
-    for start in range(0, len(slots), micro):
-        yield slots[start : start + micro]
+    for micro_batch in dealing.in_order():
+        slots = [Slot(int(images[positions[place]]), epoch, positions[place], 0.0) for place in micro_batch.places]
+        yield [slot._replace(weight=dealing.weight) for slot in slots[: micro_batch.real]] + slots[micro_batch.real :]
 
 
 class WindowSampler:
     """A batch sampler that yields the rest of one epoch, all processes' micro-batches in global order.
 
-    `accelerator.prepare` deals them out. It leaves them untouched because every batch has `batch_size` slots and the
-    length is a multiple of the number of processes. Resuming is a seek: completed windows are never generated.
+    `accelerator.prepare` deals them out. It leaves them untouched because the length is a multiple of the number of
+    processes and every batch has `batch_size` slots, or because `batch_size` is None. Resuming is a seek: completed
+    windows are never generated.
     """
 
     drop_last = True
 
-    def __init__(self, num_images: int, seed: int, layout: BatchLayout):
-        self.num_images, self.seed, self.layout = num_images, seed, layout
+    def __init__(self, num_images: int, seed: int, layout: BatchLayout, shapes: Indices | None = None):
+        """Sample windows of `num_images` images.
+
+        Args:
+            shapes: a number for the shape of each image; None if all have one.
+        """
+        self.num_images, self.seed, self.layout, self.shapes = num_images, seed, layout, shapes
         self.epoch = self.window = 0
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, num_images))
 
     @property
-    def batch_size(self) -> int:
-        return self.layout.micro_batch_size
+    def batch_size(self) -> int | None:
+        """Slots in each batch; None tells Accelerate that they are as many as they are."""
+        return self.layout.micro_batch_size if self.shapes is None else None
 
     def seek(self, epoch: int, window: int) -> None:
         """Have the next iteration yield this epoch, from this window on."""
         self.epoch, self.window = epoch, window
 
-    def _remaining(self) -> Iterator[range]:
-        count = windows_per_epoch(self.num_images, self.layout.global_batch_size)
-        for window in range(self.window, count):
-            yield window_range(window, self.num_images, self.layout.global_batch_size)
+    def dealing(self, epoch: int, window: int) -> Dealing:
+        """How a window is dealt out."""
+        positions = self._positions(window)
+        if self.shapes is None:
+            return deal_evenly(len(positions), self.layout)
+        return deal_by_shape(self.shapes[self._order(epoch)[positions.start : positions.stop]], self.layout)
+
+    def _positions(self, window: int) -> range:
+        return window_range(window, self.num_images, self.layout.global_batch_size)
+
+    def _remaining(self) -> range:
+        return range(self.window, windows_per_epoch(self.num_images, self.layout.global_batch_size))
 
     def __iter__(self) -> Iterator[list[Slot]]:
-        order = epoch_order(self.seed, self.epoch, self.num_images)
-        for positions in self._remaining():
-            yield from deal(order, self.epoch, positions, self.layout)
+        epoch = self.epoch
+        for window in self._remaining():
+            yield from deal(self._order(epoch), epoch, self._positions(window), self.dealing(epoch, window))
 
     def __len__(self) -> int:
-        stride = self.layout.micro_batch_size * self.layout.num_processes
-        return sum(-(-len(positions) // stride) for positions in self._remaining()) * self.layout.num_processes
+        if self.shapes is None:
+            stride = self.layout.micro_batch_size * self.layout.num_processes
+            windows = map(self._positions, self._remaining())
+            return sum(-(-len(positions) // stride) for positions in windows) * self.layout.num_processes
+        steps = sum(self.dealing(self.epoch, window).micro_steps for window in self._remaining())
+        return steps * self.layout.num_processes

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
+from finetune.core.shapes import Shape
 from finetune.data.captions import Captions
 from finetune.data.order import Indices
 
@@ -26,6 +27,10 @@ FEATURES = datasets.Features(
     original_width=datasets.Value("int32"),
     original_height=datasets.Value("int32"),
     original_colour=datasets.Value("bool"),
+)
+# Where pictures have many shapes, also what is trained of each; `original_*` is then upright.
+SHAPED_FEATURES = datasets.Features(
+    **FEATURES, shape_height=datasets.Value("int32"), shape_width=datasets.Value("int32")
 )
 
 
@@ -62,6 +67,10 @@ class Images(Sequence[Pixels]):
         self.table, self.rows, self.channels, self.resolution = table, rows, channels, resolution
         self.labels, self.label_names, self.skipped = labels, label_names, list(skipped)
         self.notes, self.captions = list(notes), captions
+        self._shapes = None
+        if "shape_height" in table.column_names:
+            sides = [table.data.column(f"shape_{side}").to_numpy() for side in Shape._fields]
+            self._shapes = np.stack(sides, axis=1)
         self._open()
 
     def _open(self) -> None:
@@ -87,7 +96,7 @@ class Images(Sequence[Pixels]):
         return len(self.rows)
 
     def pixels(self, index: int) -> Pixels:
-        """One image, uint8 (H, W, C), read-only and not copied; H or W exceed the resolution if crops are random."""
+        """One image, uint8 (H, W, C), read-only and not copied; H or W exceed its shape if crops are random."""
         row = self.rows[index]
         number = bisect_right(self._starts, row) - 1
         data, offsets, heights, widths = self._batches[number]
@@ -96,10 +105,33 @@ class Images(Sequence[Pixels]):
         return np.ndarray(shape, dtype=np.uint8, buffer=data, offset=offsets[row]).transpose(1, 2, 0)
 
     def __getitem__(self, index: int) -> Pixels:  # type: ignore[override] # no slices: see `select`
-        """The centre square of one image, uint8 (resolution, resolution, C), without augmentation."""
-        pixels, side = self.pixels(index), self.resolution
-        top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-        return pixels[top : top + side, left : left + side]
+        """The centre of one image, uint8 (H, W, C) of its shape, without augmentation."""
+        pixels, (height, width) = self.pixels(index), self.shape(index)
+        top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+        return pixels[top : top + height, left : left + width]
+
+    def shape(self, index: int) -> Shape:
+        """What is trained of one image: the square of the resolution, or a shape near its own."""
+        if self._shapes is None:
+            return Shape(self.resolution, self.resolution)
+        return Shape(*self._shapes[self.rows[index]].tolist())
+
+    @property
+    def shapes(self) -> dict[Shape, int]:
+        """The number of images of each shape that occurs, the most frequent first, and of these the smallest."""
+        if self._shapes is None:
+            return {Shape(self.resolution, self.resolution): len(self)}
+        found, counts = np.unique(self._shapes[self.rows], axis=0, return_counts=True)
+        shapes = {Shape(*sides): count for sides, count in zip(found.tolist(), counts.tolist(), strict=True)}
+        return dict(sorted(shapes.items(), key=lambda item: (-item[1], item[0].area, item[0])))
+
+    @property
+    def shape_numbers(self) -> Indices | None:
+        """A number for the shape of each image, int64 (n,), small areas first; None where all have one."""
+        numbers = {shape: number for number, shape in enumerate(sorted(self.shapes, key=lambda s: (s.area, s)))}
+        if self._shapes is None or len(numbers) == 1:
+            return None
+        return np.array([numbers[Shape(*sides)] for sides in self._shapes[self.rows].tolist()], dtype=np.int64)
 
     def checksum(self, index: int) -> int:
         """A hash of an image's pixels and shape."""
@@ -172,7 +204,13 @@ def pixel_row(pixels: Pixels, original: Original | None = None) -> Row:
     return row | {"original_width": width0, "original_height": height0, "original_colour": colour}
 
 
+def shaped_row(pixels: Pixels, original: Original, shape: Shape) -> Row:
+    """The row of an image of which a shape is trained."""
+    return pixel_row(pixels, original) | {"shape_height": shape.height, "shape_width": shape.width}
+
+
 def error_row(reason: str) -> Row:
     """The row of a bad picture."""
     row: Row = {"pixels": b"", "height": 0, "width": 0, "checksum": 0, "error": reason}
-    return row | {"original_width": 0, "original_height": 0, "original_colour": False}
+    row |= {"original_width": 0, "original_height": 0, "original_colour": False}
+    return row | {"shape_height": 0, "shape_width": 0}

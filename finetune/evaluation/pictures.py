@@ -92,6 +92,19 @@ def sample_grid(blocks: Sequence[Pixels], names: Sequence[str | None], scales: S
     return grid(images, len(blocks) * columns, labels, headings, corner="guidance")
 
 
+def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of any sizes beside each other, on white."""
+    first, *others = pictures
+    if not others:
+        return first
+    width = sum(picture.width for picture in pictures) + _BLOCK_GAP * len(others)
+    canvas, left = Image.new(first.mode, (width, max(picture.height for picture in pictures)), "white"), 0
+    for picture in pictures:
+        canvas.paste(picture, (left, 0))
+        left += picture.width + _BLOCK_GAP
+    return canvas
+
+
 def _starts(count: int, size: int, labels: Sequence[str] | None, kind: str) -> tuple[list[int], int]:
     """Where each of `count` rows or columns of tiles begins, and where the last one ends, with the gap around them."""
     blocks = count if labels is None else len(labels)

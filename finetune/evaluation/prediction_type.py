@@ -13,7 +13,7 @@ from finetune.core.errors import UserError
 from finetune.core.kind import Kind
 from finetune.core.randomness import noise
 from finetune.data.batches import Batches
-from finetune.evaluation.rounds import CHUNK, evaluating
+from finetune.evaluation.rounds import chunks, evaluating
 
 LEVELS = 0.05, 0.02, 0.01, 0.005  # a^2, the signal's share of the variance, at the timesteps that are looked at
 DRAWS = 16
@@ -49,9 +49,9 @@ def readings(kind: Kind, examples: Batches, seed: int, device: torch.device) -> 
     steps = [int(np.abs(alphas - level).argmin()) for level in LEVELS]
     sums = torch.zeros(6, dtype=torch.float64)
     with evaluating(kind.network):
-        for start in range(0, DRAWS, CHUNK):
-            draws = range(start, start + CHUNK)
-            drawn = torch.stack([noise(seed, 0, draw, examples.shape, "prediction type") for draw in draws])
+        for draws in chunks(DRAWS, [examples.shape(draw % len(examples)) for draw in range(DRAWS)]):
+            shape = examples.shape(draws[0] % len(examples))
+            drawn = torch.stack([noise(seed, 0, draw, shape, "prediction type") for draw in draws])
             timesteps = torch.tensor([steps[draw % len(steps)] for draw in draws])
             batch = {"noise": drawn, "timesteps": timesteps}
             batch |= examples.shown([draw % len(examples) for draw in draws], False)

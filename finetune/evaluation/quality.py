@@ -110,7 +110,7 @@ class Quality:
             for chunk in rounds(len(images), accelerator):
                 check()
                 if chunk is not None:
-                    found[chunk.start : chunk.stop] = self.features.of(images[chunk.start : chunk.stop])
+                    found[chunk] = self.features.of(images[chunk])
         return accelerator.reduce(found, "sum").cpu()  # each row is 0 on all processes but one
 
 

@@ -1,6 +1,6 @@
 """Samples from starting noise that stays the same for the whole run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from finetune.config.schema import SamplesConfig
 from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Kind
 from finetune.core.randomness import noise
+from finetune.core.shapes import Shape
 from finetune.data.pixels import Pixels
 from finetune.evaluation.rounds import as_pixels, evaluating, rounds
 
@@ -63,6 +64,26 @@ def _check_asked(options: SamplesConfig, kind: Kind) -> None:
             )
 
 
+def sampled_shapes(options: SamplesConfig, images: Mapping[Shape, int]) -> list[Shape]:
+    """The shapes that there is a sample grid of.
+
+    Args:
+        images: how many there are of each shape, the most frequent one first.
+
+    Raises:
+        UserError: if `samples.shapes` names one that no image has.
+    """
+    if options.shapes is None:
+        return [next(iter(images))]
+    shapes = [Shape(height, width) for width, height in options.shapes]
+    if unknown := [str(shape) for shape in shapes if shape not in images]:
+        raise UserError(
+            f"samples.shapes: found {', '.join(unknown)}; expected shapes of the images, which have "
+            f"{', '.join(map(str, images))}"
+        )
+    return shapes
+
+
 @torch.no_grad()
 def sample(
     kind: Kind,
@@ -74,6 +95,7 @@ def sample(
     guidance_scale: float = 1.0,
     purpose: str = "samples",
     negative: str | None = None,
+    shape: Shape | None = None,
 ) -> Pixels:
     """An image for each of `names` by DDIM, from starting noise that the seed alone decides: uint8 (n, H, W, C).
 
@@ -85,11 +107,12 @@ def sample(
         guidance_scale: of classifier-free guidance; 1 turns it off.
         purpose: names the stream of the starting noise.
         negative: the prompt that guidance leads away from; None: no condition.
+        shape: of the images; None: the square that is trained.
     """
-    clean, _ = kind.inputs(kind.example(1))
+    clean, _ = kind.inputs(kind.example(1, shape))
     channels, side = kind.image_format
-    images = torch.zeros(len(names), channels, side, side, device=accelerator.device)
-    drawn: dict[range, torch.Tensor] = {}
+    images = torch.zeros(len(names), channels, *(shape or (side, side)), device=accelerator.device)
+    drawn: list[tuple[Sequence[int], torch.Tensor]] = []
     ddim = DDIMScheduler.from_config(kind.noise_scheduler.config)
     ddim.set_timesteps(inference_steps)
     with evaluating(kind.network):
@@ -100,14 +123,14 @@ def sample(
             for timestep in ddim.timesteps:
                 check()
                 if chunk is not None:
-                    output = _guided(kind, x, timestep, names[chunk.start : chunk.stop], guidance_scale, negative)
+                    output = _guided(kind, x, timestep, [names[index] for index in chunk], guidance_scale, negative)
                     # DDIM that clips the image has to derive the noise from the clipped image, or guidance ruins it.
                     x = ddim.step(output, timestep, x, use_clipped_model_output=kind.conditional).prev_sample
             if chunk is not None:
-                drawn[chunk] = x
+                drawn.append((chunk, x))
     if drawn:  # all at once, since a model of latents loads what makes images of them
-        decoded = kind.images(torch.cat([*drawn.values()]))
-        images[[index for chunk in drawn for index in chunk]] = decoded.to(images.dtype)
+        decoded = kind.images(torch.cat([x for _, x in drawn]))
+        images[[index for chunk, _ in drawn for index in chunk]] = decoded.to(images.dtype)
     return as_pixels(accelerator.reduce(images, "sum"))  # each is 0 on all processes but one
 
 

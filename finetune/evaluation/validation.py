@@ -1,6 +1,6 @@
 """Validation loss with fixed noise and timesteps, and what the network predicts at each noise level."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ class Validation:
         """
         self.examples, self.seed, self.kind, self.snr_gamma = examples, seed, kind, snr_gamma
         self.timesteps = self._spread(count)
+        self._shapes = [examples.shape(draw % len(examples)) for draw in range(count)]  # a chunk has one
 
     @torch.no_grad()
     def losses(
@@ -50,14 +51,13 @@ class Validation:
         """
         losses = torch.zeros(len(self.timesteps), dtype=torch.get_default_dtype(), device=accelerator.device)
         with evaluating(self.kind.network):
-            for chunk in rounds(len(self.timesteps), accelerator):
+            for chunk in rounds(len(self.timesteps), accelerator, self._shapes):
                 check()
                 if chunk is None:
                     continue
                 shown = [draw % len(self.examples) for draw in chunk]
-                timesteps = self.timesteps[chunk.start : chunk.stop]
-                made = self._predict(accelerator.device, shown, chunk, timesteps, dropped)
-                losses[chunk.start : chunk.stop] = loss_per_image(
+                made = self._predict(accelerator.device, shown, chunk, self.timesteps[chunk], dropped)
+                losses[chunk] = loss_per_image(
                     self.kind.noise_scheduler, made.output, made.clean, made.noise, made.timesteps, self.snr_gamma
                 )
         return accelerator.reduce(losses, "sum").double().cpu().numpy()  # each is 0 on all processes but one
@@ -86,11 +86,11 @@ class Validation:
         self,
         device: torch.device,
         shown: list[int],
-        draws: range,
+        draws: Sequence[int],
         timesteps: npt.NDArray[np.int64],
         dropped: bool = False,
     ) -> Prediction:
-        shape = self.examples.shape
+        shape = self.examples.shape(shown[0])
         drawn = torch.stack([noise(self.seed, 0, draw, shape, "validation") for draw in draws])
         batch = {"noise": drawn, "timesteps": torch.from_numpy(timesteps)}
         batch |= self.examples.shown(shown, dropped)

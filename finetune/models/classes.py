@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from finetune.core.errors import UserError
 from finetune.core.kind import Arguments, Batch
 from finetune.core.randomness import noise
+from finetune.core.shapes import Shape
 from finetune.models.class_pipeline import ClassConditionalPipeline
 from finetune.models.unconditional import Unconditional
 
@@ -55,9 +56,15 @@ class ClassConditional(Unconditional):
     conditional = True
 
     def __init__(
-        self, network: UNet2DModel, noise_scheduler: DDPMScheduler, made_for: int | None, class_names: Sequence[str]
+        self,
+        network: UNet2DModel,
+        noise_scheduler: DDPMScheduler,
+        made_for: int | None,
+        class_names: Sequence[str],
+        shapes: list[Shape] | None = None,
     ):
         super().__init__(network, noise_scheduler, made_for)
+        self.shapes = shapes or self.shapes
         self.class_names = list(class_names)
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
@@ -71,10 +78,10 @@ class ClassConditional(Unconditional):
         rows = {name: row for row, name in enumerate(self.class_names)} | {None: len(self.class_names)}
         return {"class_labels": torch.tensor([rows[name] for name in names], device=device)}
 
-    def example(self, count: int) -> dict[str, torch.Tensor]:
-        """A batch of `count` blank images of the first class, on the CPU."""
+    def example(self, count: int, shape: Shape | None = None) -> dict[str, torch.Tensor]:
+        """A batch of `count` blank images of the first class, on the CPU: of a shape, or of the largest area."""
         labels, dropped = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-        return super().example(count) | {"labels": labels, "dropped": dropped}
+        return super().example(count, shape) | {"labels": labels, "dropped": dropped}
 
     def pipeline(self) -> ClassConditionalPipeline:
         """A pipeline of the present weights that draws a class by name, with guidance."""
@@ -90,7 +97,7 @@ class ClassConditional(Unconditional):
 
 
 def with_classes(kind: Unconditional, class_names: Sequence[str], seed: int) -> ClassConditional:
-    """The class-conditional model that a model and the classes of the data make.
+    """The class-conditional model that a model and the classes of the data make, for pictures of the same shapes.
 
     - An unconditional network gets an embedding. Class rows are drawn from N(0, 1) by the seed: rows of zero learn far
       too slowly. The row of "no class" is zero, so that dropped labels start from the network's own output.
@@ -110,7 +117,7 @@ def with_classes(kind: Unconditional, class_names: Sequence[str], seed: int) -> 
                 f"data.label_column: found the classes {', '.join(unknown[:10])}, which the pretrained model does not "
                 f"have; expected some of {', '.join(stored[:20])}"
             )
-        return ClassConditional(network, kind.noise_scheduler, kind.made_for, stored)
+        return ClassConditional(network, kind.noise_scheduler, kind.made_for, stored, kind.shapes)
     if known is not None:
         names = [str(row) for row in range(len(known))]
         unknown = [name for name in class_names if name not in names]
@@ -130,4 +137,4 @@ def with_classes(kind: Unconditional, class_names: Sequence[str], seed: int) -> 
         embedding.weight.copy_(torch.cat([rows, torch.zeros_like(rows[:1])]))
     network.class_embedding = embedding
     network.register_to_config(num_class_embeds=len(names) + 1)
-    return ClassConditional(network, kind.noise_scheduler, kind.made_for, names)
+    return ClassConditional(network, kind.noise_scheduler, kind.made_for, names, kind.shapes)

@@ -8,7 +8,9 @@ import diffusers
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
+from finetune.core.errors import UserError
 from finetune.core.kind import Arguments, Batch, ImageFormat
+from finetune.core.shapes import Shape
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders, bare_pipeline
 from finetune.models.hub import write_pipeline
@@ -45,12 +47,22 @@ class StableDiffusion:
         self.folder, self.network, self.noise_scheduler, self.made_for = folder, network, noise_scheduler, made_for
         self._encoders, self._vae, self.class_names = encoders, folder.config("vae"), list[str]()
         self.image_format = ImageFormat(encoders.channels, resolution)
+        self.divisor = encoders.factor * 2 ** (len(network.config.block_out_channels) - 1)
+        self.shapes = [Shape(resolution, resolution)]
         self.prompts: Mapping[str, Mapping[str, torch.Tensor]] = {}
         # What stands for no caption: SDXL's pipelines take zeros unless they say otherwise, the others the empty text.
         self.absent: Mapping[str, torch.Tensor] = {
             name: torch.zeros(shape) for name, shape in encoders.text_fields.items()
         }
         self._absent_on: dict[torch.device, dict[str, torch.Tensor]] = {}
+
+    def train_shapes(self, shapes: list[Shape]) -> None:
+        """Raises UserError for any but the square: the latents of other shapes are not encoded yet."""
+        if shapes != self.shapes:
+            raise UserError(
+                f"data.buckets: found {', '.join(map(str, shapes))} with {self.folder.name}, a "
+                f"{self.folder.pipeline_class.__name__}; expected null: models of latents are trained on squares only"
+            )
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
         """The scaled latents, (b, c, h, w), and what the UNet is told of the captions; nothing where they are dropped.
@@ -116,7 +128,7 @@ class StableDiffusion:
         if not self.folder.zeros_for_no_prompt:
             self.absent, self._absent_on = self.prompts[""], {}
 
-    def example(self, count: int) -> dict[str, torch.Tensor]:
+    def example(self, count: int, shape: Shape | None = None) -> dict[str, torch.Tensor]:
         """A batch of `count` blank images without captions, on the CPU."""
         blank = {name: torch.zeros(count, *shape) for name, shape in self._encoders.text_fields.items()}
         blank |= {

@@ -9,6 +9,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from finetune.config.schema import ModelConfig
 from finetune.core.kind import Arguments, Batch, Encoders, ImageFormat
+from finetune.core.shapes import Shape
 from finetune.models.checks import check_finite, check_forward
 from finetune.models.hub import check_keys, write_pipeline
 from finetune.models.noise_schedulers import build_noise_scheduler
@@ -53,6 +54,14 @@ class Unconditional:
         self.network, self.noise_scheduler, self.made_for = network, noise_scheduler, made_for
         self.stored_class_names, self.class_names = stored_class_names, list[str]()
         self.image_format = ImageFormat(network.config.in_channels, network.config.sample_size)
+        self.divisor = 2 ** (len(network.config.block_out_channels) - 1)
+        self.shapes = [Shape(self.image_format.resolution, self.image_format.resolution)]
+
+    def train_shapes(self, shapes: list[Shape]) -> None:
+        """Train pictures of these shapes; raises UserError if the network cannot take one of them."""
+        for shape in set(shapes) - {*self.shapes}:
+            _check_shape(self, shape)
+        self.shapes = shapes
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
         """The images in [-1, 1], (b, C, H, W), and no other arguments.
@@ -76,11 +85,11 @@ class Unconditional:
     def remember(self, prompts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Nothing: there are no prompts for this network."""
 
-    def example(self, count: int) -> dict[str, torch.Tensor]:
-        """A batch of `count` blank images as the data would make it, on the CPU."""
-        channels, resolution = self.image_format
-        shape = (count, channels, resolution, resolution)
-        return {"images": torch.zeros(shape, dtype=torch.uint8), "noise": torch.zeros(shape)}
+    def example(self, count: int, shape: Shape | None = None) -> dict[str, torch.Tensor]:
+        """A batch of `count` blank images as the data would make it, on the CPU: of a shape, or of the largest area."""
+        sides = shape or max(self.shapes, key=lambda shape: shape.area)
+        size = (count, self.image_format.channels, *sides)
+        return {"images": torch.zeros(size, dtype=torch.uint8), "noise": torch.zeros(size)}
 
     def without_memory(self) -> UNet2DModel:
         """A copy of the network on the meta device: its shapes, without weights."""
@@ -135,11 +144,7 @@ def outline_unconditional(config: ModelConfig, resolution: int | None) -> Uncond
     made_for = own_resolution(unet.config.sample_size)
     unet.register_to_config(sample_size=training_resolution(unet, resolution))
     kind = Unconditional(unet, noise_scheduler, made_for, pretrained.class_names if pretrained else None)
-    size = kind.image_format.resolution
-    problem = f"model: a UNet2DModel of this config cannot denoise images of {size} x {size} pixels"
-    with torch.device("meta"):
-        clean, _ = kind.inputs(kind.example(1))
-        check_forward(unet, clean, _unnamed_classes(unet, 1), problem)
+    _check_shape(kind, kind.shapes[0])
     return kind
 
 
@@ -161,12 +166,19 @@ def load_unconditional(config: ModelConfig, resolution: int | None, seed: int) -
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     kind.network = unet.train()
-    side = min(
-        kind.image_format.resolution, 2 ** len(unet.config.block_out_channels)
-    )  # 2 pixels at the lowest resolution
+    side = min(kind.image_format.resolution, 2 ** len(unet.config.block_out_channels))  # leaves 2 at the lowest level
     clean = torch.zeros(2, kind.image_format.channels, side, side)
     check_finite(unet, kind.noise_scheduler, clean, _unnamed_classes(unet, 2))
     return kind
+
+
+def _check_shape(kind: Unconditional, shape: Shape) -> None:
+    """Raises UserError if the network cannot take pictures of a shape."""
+    with torch.device("meta"):
+        shapes = kind.without_memory()
+        clean, _ = kind.inputs(kind.example(1, shape))
+        problem = f"model: a UNet2DModel of this config cannot denoise images of {shape} pixels"
+        check_forward(shapes, clean, _unnamed_classes(shapes, 1), problem)
 
 
 def _unnamed_classes(network: UNet2DModel, count: int) -> Arguments:

@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 
 from finetune.config.schema import Config
 from finetune.core.kind import Kind
+from finetune.core.shapes import Shape
 from finetune.core.stopping import StopCheck
 from finetune.data.pixels import Pixels
 from finetune.evaluation import pictures
@@ -36,6 +37,7 @@ class Evaluator:
     names: Sequence[str | None]  # the conditions that samples are drawn for
     check_stop: StopCheck
     report: Report
+    shapes: Sequence[Shape]  # of the sample grids
 
     def evaluate(self, state: RunState, length: Length) -> None:
         """Do what is due at this step and not done yet, and note in `state` that it is done. Called by all processes.
@@ -89,9 +91,13 @@ class Evaluator:
         options, rows = self.config.samples, self.names
         names = [name for name in rows for _ in range(-(-options.count // len(rows)))]
         with self._averaged():
-            blocks = [self._sample(names, scale, "samples") for scale in options.guidance_scales]
+            blocks = [
+                [self._sample(names, scale, "samples", shape) for scale in options.guidance_scales]
+                for shape in self.shapes
+            ]
             strip = self.validation.denoise(self.accelerator.device) if self.validation else None
-        grid, file = pictures.sample_grid(blocks, rows, options.guidance_scales), self.samples_file(step)
+        grid = pictures.beside([pictures.sample_grid(block, rows, options.guidance_scales) for block in blocks])
+        file = self.samples_file(step)
         self.report.picture("samples", step, grid, file)
         if self.validation and strip is not None:
             levels = self.validation.noise_levels
@@ -101,14 +107,12 @@ class Evaluator:
     def _measure(self, quality: Quality, step: int) -> float:
         """Compare samples with held-out images, drawn for the same conditions; returns the kernel distance."""
         with self._averaged():
-            samples = self._sample(quality.names, self.config.samples.guidance_scales[0], "quality")
+            samples = self._sample(quality.names, self.config.samples.guidance_scales[0], "quality", self.shapes[0])
             distances = quality.distances(samples, self.accelerator, self.check_stop)
         self.report.log(step, {f"validation/{name}": value for name, value in distances.items()})
         return distances["kernel_distance"]
 
-    def _sample(self, names: Sequence[str | None], guidance_scale: float, purpose: str) -> Pixels:
-        seed, steps = self.config.seed, self.config.samples.inference_steps
-        negative = self.config.samples.negative_prompt
-        return sample(
-            self.kind, self.accelerator, self.check_stop, seed, names, steps, guidance_scale, purpose, negative
-        )
+    def _sample(self, names: Sequence[str | None], guidance_scale: float, purpose: str, shape: Shape) -> Pixels:
+        steps, negative = self.config.samples.inference_steps, self.config.samples.negative_prompt
+        options = guidance_scale, purpose, negative, shape
+        return sample(self.kind, self.accelerator, self.check_stop, self.config.seed, names, steps, *options)

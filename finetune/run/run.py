@@ -54,7 +54,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self.output_dir = Path(self.config.output_dir)
-        self.window = Window(self.sampler.layout)
+        self.window = self._next_window()
+
+    def _next_window(self) -> Window:
+        full = len(self.positions) == self.sampler.layout.global_batch_size
+        return Window(self.sampler.dealing(*self.place), full)
 
     @property
     def done(self) -> bool:
@@ -96,7 +100,7 @@ class Run:
     def close_window(self, grad_norm: torch.Tensor) -> WindowResult:
         """Gather the losses of the window from all processes; the update comes next."""
         self.clock.tick("compute")
-        return self.window.close(self.accelerator, len(self.positions), grad_norm, self.stop.requested())
+        return self.window.close(self.accelerator, grad_norm, self.stop.requested())
 
     def finish_step(self, result: WindowResult, learning_rate: float, applied: bool) -> None:
         """Advance the step and log it.
@@ -105,8 +109,8 @@ class Run:
             applied: whether the weights were updated, or the update skipped.
         """
         (epoch, _), positions = self.place, self.positions
-        self.window = Window(self.sampler.layout)
         self.state.step += 1
+        self.window = self._next_window()
         self.state.skipped += not applied
         self.state.skipped_in_a_row = 0 if applied else self.state.skipped_in_a_row + 1
         self.clock.tick("update")
@@ -121,7 +125,7 @@ class Run:
             timesteps = self.timesteps(epoch, positions)
             steps = self.kind.noise_scheduler.config.num_train_timesteps
             groups = self.dropped(epoch, positions)
-            scalars |= self.meters.add_window(result, timesteps, steps, self.sampler.layout, groups)
+            scalars |= self.meters.add_window(result, timesteps, steps, groups)
         if self.state.skipped:
             scalars["train/skipped_updates"] = self.state.skipped
         ended = self.state.step % self.length.steps_per_epoch == 0 or self.done

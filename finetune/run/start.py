@@ -16,6 +16,7 @@ from finetune.core.distributed import on_main_process, together
 from finetune.core.errors import UserError
 from finetune.core.files import atomic
 from finetune.core.kind import Kind
+from finetune.core.shapes import Shape
 from finetune.core.stopping import StopCheck, StopRequest
 from finetune.data.order import WindowSampler
 from finetune.evaluation.quality import Quality
@@ -120,12 +121,14 @@ def start_run(
     quality: Quality | None,
     names: Sequence[str | None],
     sampler: WindowSampler,
+    shapes: Sequence[Shape],
 ) -> Run:
     """Lock the output folder, load the checkpoint that was found, and open the report. Called by all processes.
 
     Args:
         kind: with its network on the device; network and optimizer are prepared by the Accelerator.
         names: the conditions that samples are drawn for.
+        shapes: of the sample grids.
 
     Raises:
         UserError: if another run holds the folder, or it cannot be written, or the checkpoint cannot be loaded.
@@ -154,7 +157,7 @@ def start_run(
         accelerator=accelerator,
         kind=kind,
         ema=ema,
-        evaluator=Evaluator(config, accelerator, kind, ema, validation, quality, names, check_stop, report),
+        evaluator=Evaluator(config, accelerator, kind, ema, validation, quality, names, check_stop, report, shapes),
         sampler=sampler,
         length=start.length,
         identity=start.identity,

@@ -85,6 +85,8 @@ def identity(config: Config, data_fingerprint: str, kind: Kind, global_batch_siz
     settings = config.model_dump(mode="json", include={"seed": True, **options})
     settings["training"]["global_batch_size"] = global_batch_size
     settings["data"]["fingerprint"] = data_fingerprint
+    if config.data.buckets is not None:
+        settings["data"]["shapes"] = [str(shape) for shape in kind.shapes]
     return json.loads(json.dumps(settings | kind.identity()))
 
 

@@ -2,20 +2,25 @@
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from huggingface_hub import ModelCard, ModelCardData
 
 from finetune.config import plain_yaml
 from finetune.config.schema import Config
-from finetune.core.batch import BatchLayout
+from finetune.core.batch import BatchLayout, window_range, windows_per_epoch
 from finetune.core.kind import Kind
+from finetune.core.shapes import Shape
+from finetune.data.order import WindowSampler
 from finetune.run.state import Length
 from finetune.training.compute import has_bf16, with_prefix
+
+_WINDOWS_COUNTED = 100  # of the first epoch, whose micro-steps the plan gives
 
 
 def table(title: str, rows: dict[str, str]) -> str:
@@ -38,12 +43,14 @@ def plan(
     num_held_out: int,
     notes: Sequence[str],
     flops: int,
+    shapes: str | None = None,
 ) -> str:
     """What is about to be trained, and how.
 
     Args:
         notes: what is done to the pictures before they are trained on, a line each.
         flops: of one image.
+        shapes: what they make of the batch, where pictures have several.
     """
     batch = layout.global_batch_size
     length = Length.of(config, num_images, batch)
@@ -59,7 +66,7 @@ def plan(
     if trained < everything:
         parameters += f" trained beside {(everything - trained) / 1e6:.2f} M that are frozen"
     classes = f", {len(kind.class_names)} classes" if kind.class_names else ""
-    resolution = f"{size} x {size}"
+    resolution = str(kind.shapes[0]) if len(kind.shapes) == 1 else f"{len(kind.shapes)} shapes"
     if kind.made_for not in (None, size):
         resolution += f" (the model was made for {kind.made_for} x {kind.made_for})"
     return table(
@@ -72,6 +79,7 @@ def plan(
             **({"pictures": "\n".join(notes)} if notes else {}),
             "batch": f"{batch} = {layout.micro_batch_size} per micro-batch x {layout.gradient_accumulation_steps} "
             f"accumulation steps x {layout.num_processes} process(es)",
+            **({"shapes": shapes} if shapes else {}),
             "length": f"{length.total_steps} updates, {length.steps_per_epoch} an epoch "
             f"({length.total_steps / length.steps_per_epoch:.4g} epochs; an epoch's last update has {last} of {batch} "
             "images)",
@@ -82,6 +90,20 @@ def plan(
             "output": config.output_dir,
         },
     )
+
+
+def shapes_note(images: Mapping[Shape, int], sampler: WindowSampler) -> str | None:
+    """Images of each shape, and the micro-steps of a window against those of one shape; None where all have one."""
+    if sampler.shapes is None:
+        return None
+    layout, count = sampler.layout, len(sampler.shapes)
+    windows = range(min(windows_per_epoch(count, layout.global_batch_size), _WINDOWS_COUNTED))
+    steps = [sampler.dealing(0, window).micro_steps for window in windows]
+    sizes = [len(window_range(window, count, layout.global_batch_size)) for window in windows]
+    alone = [-(-size // (layout.micro_batch_size * layout.num_processes)) for size in sizes]
+    counts = ", ".join(f"{number} of {shape}" for shape, number in images.items())
+    mean = f"{np.mean(steps):.2f} micro-steps a window on average, {np.mean(alone):.2f} with one shape"
+    return f"{counts}\n{mean}"
 
 
 def _evaluation(config: Config, length: Length, num_held_out: int) -> str:

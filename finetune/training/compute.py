@@ -1,28 +1,39 @@
 """What training costs in arithmetic, and how much of it the machine can do at most."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.core.kind import Kind
+from finetune.core.shapes import Shape
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def flops_per_image(kind: Kind) -> int:
+def flops_per_image(kind: Kind, images: Mapping[Shape, int] | None = None) -> int:
     """Floating-point operations of one image through the network, forward and backward, by torch's counter.
 
     A multiplication and an addition are two. Counted on tensors without memory, so that nothing goes through the
     network itself; what gradient checkpointing computes again is not counted.
+
+    Args:
+        images: how many there are of each shape, for the mean over them; None: one of the first shape.
     """
-    shapes = kind.without_memory()
+    counts = images or {kind.shapes[0]: 1}
+    total = sum(count * _flops(kind, shape) for shape, count in counts.items())
+    return round(total / sum(counts.values()))
+
+
+def _flops(kind: Kind, shape: Shape) -> int:
+    network = kind.without_memory()
     with torch.device("meta"):
-        clean, conditions = kind.inputs({name: tensor.to("meta") for name, tensor in kind.example(1).items()})
+        example = {name: tensor.to("meta") for name, tensor in kind.example(1, shape).items()}
+        clean, conditions = kind.inputs(example)
         with FlopCounterMode(display=False) as counter:
-            shapes(clean, torch.zeros(1, dtype=torch.long), **conditions).sample.sum().backward()
+            network(clean, torch.zeros(1, dtype=torch.long), **conditions).sample.sum().backward()
     return counter.get_total_flops()
 
 

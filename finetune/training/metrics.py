@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy.typing as npt
 
-from finetune.core.batch import BatchLayout
 from finetune.training.noise_scale import GradientNoiseScale
 from finetune.training.smoothing import SmoothedLoss, Trend
 from finetune.training.window import WindowResult
@@ -52,13 +51,12 @@ class Meters:
         result: WindowResult,
         timesteps: npt.NDArray[Any],
         num_train_timesteps: int,
-        layout: BatchLayout,
         groups: npt.NDArray[Any] | None = None,
     ) -> dict[str, float]:
         """Take in a window and return its scalars by name; `groups` as in `SmoothedLoss.add`."""
         self.epoch.add(result.losses)
         if result.micro_grad_norm is not None and result.finite:
-            small, big = layout.micro_batch_size, layout.global_batch_size
+            small, big = result.micro_batch, len(result.losses)
             self.noise_scale.add(result.micro_grad_norm**2, result.grad_norm**2, small, big)
         scalars = {
             "train/loss": float(result.losses.mean()),

@@ -35,8 +35,12 @@ class GradientNoiseScale:
     squared_weights: float = 1.0  # sum of the squared weights of the updates in the means: 1 / (their effective number)
     updates: int = 0
 
-    def add(self, small: float, big: float, small_batch: int, big_batch: int) -> None:
-        """Squared norms of the gradient of a small and of a big batch, each the mean over its images."""
+    def add(self, small: float, big: float, small_batch: float, big_batch: int) -> None:
+        """Squared norms of the gradient of a small and of a big batch, each the mean over its images.
+
+        Where the first is a mean over small batches of several sizes, `small_batch` is their harmonic mean, since it is
+        their inverse that the noise of each is proportional to.
+        """
         squared_gradient = (big_batch * big - small_batch * small) / (big_batch - small_batch)
         noise = (small - big) / (1 / small_batch - 1 / big_batch)
         self.updates += 1

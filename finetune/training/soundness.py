@@ -50,6 +50,9 @@ def check_compiled(accelerator: Accelerator, network: torch.nn.Module, kind: Kin
     backend = accelerator.state.dynamo_plugin.backend
     if backend == DynamoBackend.NO:
         return
+    # A graph for each shape, in training and in evaluation: at its limit dynamo would stop compiling without a word.
+    limit = max(torch._dynamo.config.recompile_limit, 4 * len(kind.shapes))
+    torch._dynamo.config.recompile_limit = limit
     option = f"launch: --dynamo_backend {backend.value.lower()}"
     exact = _exact_gradients(kind, micro_batch_size, accelerator.device)
     plain = _distance(_gradients(kind.network, kind, micro_batch_size, accelerator.device), exact)

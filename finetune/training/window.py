@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
-from finetune.core.batch import BatchLayout
+from finetune.core.dealing import Dealing
 
 
 class WindowResult(NamedTuple):
@@ -18,6 +18,7 @@ class WindowResult(NamedTuple):
     grad_norm: float  # of the window's gradient, before clipping
     micro_grad_norm: float | None  # of a micro-batch's, root mean square over the processes' first ones
     stop: bool  # whether any process was told to stop
+    micro_batch: float  # images of those micro-batches, the harmonic mean
 
     @property
     def finite(self) -> bool:
@@ -28,39 +29,47 @@ class Window:
     """Accumulates one update's losses on the device; closing it costs one gather of a few numbers and one
     synchronisation."""
 
-    def __init__(self, layout: BatchLayout):
-        self.layout = layout
+    def __init__(self, dealing: Dealing, full: bool = True):
+        """Take in a window that was dealt out like this; `full`: it has a whole global batch."""
+        self.dealing, self.full = dealing, full
         self.losses: list[torch.Tensor] = []
         self.first_norm: torch.Tensor | None = None
         self.closed = False  # from here on the update may have begun
+
+    @property
+    def accumulation_steps(self) -> int:
+        """What Accelerate has to divide each of this window's gradients by."""
+        return self.dealing.gradient_accumulation_steps
 
     def add(self, losses: torch.Tensor, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Take in one micro-step, after its backward pass.
 
         Args:
-            losses: of the micro-step's slots, shape (micro,), padding included.
+            losses: of the micro-step's slots, shape (b,), padding included.
             parameters: hold the gradient so far. After the first of several micro-steps it is that micro-batch's own.
         """
-        if not self.losses and self.layout.gradient_accumulation_steps > 1:
+        if not self.losses and self.dealing.gradient_accumulation_steps > 1:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             self.first_norm = torch.nn.utils.get_total_norm(gradients).to(losses.dtype)
         self.losses.append(losses.detach())
 
-    def close(
-        self, accelerator: Accelerator, num_images: int, grad_norm: torch.Tensor, stop: bool = False
-    ) -> WindowResult:
-        """Gather the processes' parts: micro-batch kP + r of the window was micro-step k of process r."""
+    def close(self, accelerator: Accelerator, grad_norm: torch.Tensor, stop: bool = False) -> WindowResult:
+        """Gather the processes' parts, and put each loss at its place in the window."""
         self.closed = True
-        layout, last = self.layout, self.losses[-1]
+        slots, last = self.dealing.slots, self.losses[-1]
         norms = [grad_norm.to(last.dtype), last.new_tensor(torch.nan) if self.first_norm is None else self.first_norm]
-        mine = torch.cat([*self.losses, torch.stack([*norms, last.new_tensor(float(stop))])])
-        parts = accelerator.gather(mine).double().cpu().numpy().reshape(layout.num_processes, -1)
-        micro_batches = parts[:, :-3].reshape(layout.num_processes, -1, layout.micro_batch_size)
-        losses = micro_batches.transpose(1, 0, 2).reshape(-1)[:num_images]
-        micro_grad_norm = None
-        if len(self.losses) > 1 and num_images == layout.global_batch_size:
-            # Weights and Accelerate's division left 1/N of the micro-batch's mean; the scaler multiplied it.
+        # A gather takes tensors of one length, and processes may differ by an image.
+        missing = max(map(len, slots)) - sum(map(len, self.losses))
+        mine = torch.cat([*self.losses, last.new_zeros(missing), torch.stack([*norms, last.new_tensor(float(stop))])])
+        parts = accelerator.gather(mine).double().cpu().numpy().reshape(len(slots), -1)
+        losses = np.empty(self.dealing.num_images)
+        for part, places in zip(parts, slots, strict=True):
+            losses[places[places >= 0]] = part[: len(places)][places >= 0]
+        micro_grad_norm, firsts = None, np.array([process[0].real for process in self.dealing.micro_batches])
+        if len(self.losses) > 1 and self.full:
+            # What weights, Accelerate's division and the scaler made of a micro-batch's mean is undone.
             scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
-            rms = float(np.sqrt((parts[:, -2] ** 2).mean()))
-            micro_grad_norm = rms * layout.gradient_accumulation_steps / scale
-        return WindowResult(losses, float(parts[0, -3]), micro_grad_norm, bool(parts[:, -1].any()))
+            rms = float(np.sqrt(((parts[:, -2] * (firsts[0] / firsts)) ** 2).mean()))
+            micro_grad_norm = rms * (self.dealing.num_images / (len(slots) * firsts[0])) / scale
+        micro_batch = float(1 / np.mean(1 / np.maximum(firsts, 1)))
+        return WindowResult(losses, float(parts[0, -3]), micro_grad_norm, bool(parts[:, -1].any()), micro_batch)

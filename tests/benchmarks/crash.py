@@ -19,6 +19,7 @@ from finetune.run import checkpoint
 from harness.compare import differing, history
 from harness.configs import KINDS, evaluated_config, of_kind, write_config, write_pictures
 from harness.processes import finish, start
+from harness.shapes import SHAPES, write_shapes
 
 EPOCHS, STEPS = 10, 30  # of 8 + 8 + 1 images
 
@@ -41,10 +42,16 @@ def where(run: Path) -> str:
 def main(kills: int, seed: int, kind: str) -> int:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every purge, and resuming purges
     draw, base = random.Random(seed), Path(FOLDER.name)
-    images, log = write_pictures(base / "pictures", 19, kind=kind), base / "log"
+    images, log = base / "pictures", base / "log"
+    if kind == "shapes":
+        options = {"data__buckets": SHAPES, "data__crop": "random"}
+        write_shapes(images, 19)
+    else:
+        write_pictures(images, 19, kind=kind)
+        options = of_kind(kind, images)
 
     def config_of(run: Path) -> Path:
-        config = evaluated_config(images, run, training__num_epochs=EPOCHS, **of_kind(kind, images))
+        config = evaluated_config(images, run, training__num_epochs=EPOCHS, **options)
         return write_config(run.with_suffix(".yaml"), config)
 
     started = time.monotonic()
@@ -83,7 +90,8 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--kills", type=int, default=100)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--kind", choices=KINDS, default="unconditional", help="the kind of model that is trained")
+    kinds = [*KINDS, "shapes"]
+    options.add_argument("--kind", choices=kinds, default="unconditional", help="the kind of model, or many shapes")
     arguments = options.parse_args()
     with FOLDER:
         sys.exit(main(2 if arguments.short else arguments.kills, arguments.seed, arguments.kind))

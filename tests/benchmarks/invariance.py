@@ -10,8 +10,9 @@ from environment import FOLDER, parser
 
 from table import head, row
 
+from harness import shapes
 from harness.compare import differences, slots
-from harness.layouts import Case, every_case, run_cases
+from harness.layouts import every_case, run_cases
 
 COLUMNS = {"loss": "train/loss", "gradient norm": "train/grad_norm", "weights": "model", "averaged": "ema"}
 
@@ -22,12 +23,26 @@ def main(short: bool) -> None:
     cases = cases[:1] if short else cases
     runs = run_cases(Path(FOLDER.name), cases)
     head("processes x micro-batch x steps", "kind", "precision", "runs", *COLUMNS)
+    table(runs, cases)
+    if not short:
+        shaped = [
+            shapes.Case(layout, images, precision)
+            for precision in ("float64", "float32")
+            for layout in shapes.LAYOUTS[1:]
+            for images in shapes.TAILS
+        ]
+        head("five shapes, with attention", "kind", "precision", "runs", *COLUMNS)
+        table(shapes.run_shaped(Path(FOLDER.name, "shapes"), shaped), shaped)
+
+
+def table(runs: dict, cases: list) -> None:
+    """A row for each layout, precision and kind."""
     for kind, precision, layout in dict.fromkeys((case.kind, case.precision, case.layout) for case in cases):
         same = [case for case in cases if (case.kind, case.precision, case.layout) == (kind, precision, layout)]
         row(" x ".join(map(str, layout)), kind, precision, str(len(same)), *largest(runs, same))
 
 
-def largest(runs: dict[Case, Path], cases: list[Case]) -> list[str]:
+def largest(runs: dict, cases: list) -> list[str]:
     """Per column, the largest relative difference from the reference over the tails; what went in has to be equal."""
     found = []
     for case in cases:

@@ -30,6 +30,7 @@ data:
   caption_column: null
   caption: null
   resolution: null
+  buckets: null
   crop: center
   random_flip: false
   background: white
@@ -83,6 +84,7 @@ samples:
   labels: null
   prompts: null
   negative_prompt: null
+  shapes: null
   guidance_scale: 1.0
 logging:
   every_steps: 1

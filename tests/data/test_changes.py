@@ -57,3 +57,12 @@ def test_pictures_that_are_left_out_do_not_count(tmp_path):
 def test_colour_that_becomes_grey_is_counted(tmp_path, mode, channels, grey):
     line = "colour made grey, as the model has one channel: 2 of 2"
     assert (line in notes(tmp_path / "pictures", [(8, 8), (8, 8)], channels, mode=mode)) is grey
+
+
+def test_bad_pictures_that_are_left_out_are_not_counted(tmp_path):
+    notes(tmp_path / "x", [(8, 8), (16, 8)])
+    (tmp_path / "x" / "0.5.png").write_bytes(b"nothing")  # between the two
+    config = DataConfig(source=str(tmp_path / "x"), validation_fraction=0.0, on_bad_image="skip")
+    found = load_data(config, ImageFormat(1, 8), 0)[0].notes
+    assert "sizes: 8 x 8 to 16 x 8 pixels, the shorter side resized to 8" in found
+    assert "cropped to squares: 25% of a picture on average, 50% at most" in found

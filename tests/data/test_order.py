@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.core.batch import BatchLayout, window_range, windows_per_epoch
+from finetune.core.dealing import deal_evenly
 from finetune.data.order import WindowSampler, deal, epoch_order, held_out
 
 layouts = st.builds(BatchLayout, st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
@@ -19,7 +20,7 @@ def test_ten_images_in_windows_of_four():
 
 def test_micro_batches_of_a_full_window_are_dealt_process_by_process():
     # micro 2 x N 2 x P 2 = 8: micro-batch kP + r is of micro-step k, process r: (k0 r0) (k0 r1) (k1 r0) (k1 r1)
-    micro_batches = list(deal(np.arange(8) * 10, 3, range(8), BatchLayout(2, 2, 2)))
+    micro_batches = list(deal(np.arange(8) * 10, 3, range(8), deal_evenly(8, BatchLayout(2, 2, 2))))
     assert [[slot.image for slot in micro_batch] for micro_batch in micro_batches] == [
         [0, 10],
         [20, 30],
@@ -32,7 +33,7 @@ def test_micro_batches_of_a_full_window_are_dealt_process_by_process():
 
 def test_a_tail_of_three_is_padded_with_weight_zero():
     # micro 2 x P 2 = 4 places a micro-step: 3 images take one micro-step and one padding; each weighs N P / 3 = 4 / 3
-    micro_batches = list(deal(np.arange(3), 0, range(3), BatchLayout(2, 2, 2)))
+    micro_batches = list(deal(np.arange(3), 0, range(3), deal_evenly(3, BatchLayout(2, 2, 2))))
     assert [[slot.position for slot in micro_batch] for micro_batch in micro_batches] == [[0, 1], [2, 0]]
     assert [[slot.weight for slot in micro_batch] for micro_batch in micro_batches] == [[4 / 3, 4 / 3], [4 / 3, 0.0]]
 

@@ -19,14 +19,15 @@ SHAPE = (4, 8, 8)
 class Examples:
     """Latents of a variance."""
 
-    shape = SHAPE
-
     def __init__(self, variance, mean=0.0):
         draws = np.random.default_rng(0).standard_normal((16, *SHAPE))
         self.latents = torch.from_numpy(draws * variance**0.5 + mean).float()
 
     def __len__(self):
         return len(self.latents)
+
+    def shape(self, image):
+        return SHAPE
 
     def shown(self, images, dropped):
         return {"latents": self.latents[images]}

@@ -5,7 +5,6 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from finetune.core.batch import BatchLayout
 from finetune.training import metrics
 from finetune.training.metrics import EpochLoss, Meters, Stopwatch, loss_by_timestep
 from finetune.training.window import WindowResult
@@ -27,8 +26,8 @@ def test_loss_by_timestep_is_the_mean_of_each_quarter():
 
 def test_scalars_of_an_update():
     meters = Meters()
-    result = WindowResult(np.array([1.0, 2.0]), 3.0, 4.0, False)
-    scalars = meters.add_window(result, np.array([10, 900]), 1000, BatchLayout(1, 2, 1))
+    result = WindowResult(np.array([1.0, 2.0]), 3.0, 4.0, False, 1.0)
+    scalars = meters.add_window(result, np.array([10, 900]), 1000)
     assert scalars == {
         "train/loss": 1.5,
         "train/loss_smoothed": 1.5,  # nothing to compare with yet
@@ -42,15 +41,15 @@ def test_scalars_of_an_update():
 
 def test_a_norm_that_is_not_finite_stays_out_of_the_noise_scale():
     meters = Meters()
-    overflow = WindowResult(np.array([1.0, 2.0]), np.inf, np.inf, False)
-    scalars = meters.add_window(overflow, np.array([10, 900]), 1000, BatchLayout(1, 2, 1))
+    overflow = WindowResult(np.array([1.0, 2.0]), np.inf, np.inf, False, 1.0)
+    scalars = meters.add_window(overflow, np.array([10, 900]), 1000)
     assert "train/gradient_noise_scale" not in scalars
     assert meters.noise_scale.updates == 0
 
 
 def test_meters_come_back_from_their_state():
     meters = Meters()
-    meters.add_window(WindowResult(np.array([1.0, 2.0]), 3.0, 4.0, False), np.array([1, 9]), 10, BatchLayout(1, 2, 1))
+    meters.add_window(WindowResult(np.array([1.0, 2.0]), 3.0, 4.0, False, 1.0), np.array([1, 9]), 10)
     assert Meters.from_state(asdict(meters)) == meters
     assert meters != Meters()
 

@@ -151,8 +151,8 @@ def test_meters_log_it_once_it_means_something():
         means = rng.standard_normal((4, 50)) * math.sqrt(30 / 50 / 8)
         means[:, 0] += 1
         norms = np.linalg.norm(means.mean(0)), np.linalg.norm(means[0])
-        result = WindowResult(np.ones(32), float(norms[0]), float(norms[1]), False)
-        scalars = meters.add_window(result, np.arange(32) * 30, 1000, BatchLayout(8, 4, 1))
+        result = WindowResult(np.ones(32), float(norms[0]), float(norms[1]), False, 8.0)
+        scalars = meters.add_window(result, np.arange(32) * 30, 1000)
         logged.append(scalars.get("train/gradient_noise_scale"))
     assert logged[:39] == [None] * 39
     assert logged[-1] == meters.noise_scale.value == pytest.approx(30, rel=0.5)
