@@ -32,11 +32,11 @@ from finetune.core.distributed import (
     launch_errors,
     main_process_first,
     on_main_process,
-    processes,
     together,
     use_available_cores,
 )
 from finetune.core.failures import exit_code
+from finetune.core.groups import processes
 from finetune.core.shapes import run_shapes
 from finetune.core.stopping import Interrupted
 from finetune.data.encoded_batches import find_encodings, make_batches

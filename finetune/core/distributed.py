@@ -12,29 +12,15 @@ from typing import Any, TypeVar
 import joblib
 import psutil
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    broadcast_object_list,
-    gather_object,
-    parse_flag_from_env,
-)
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 
 from finetune.core.errors import UserError, first_line
+from finetune.core.groups import from_main_process, gathered, leave_groups, processes
 from finetune.core.launcher import launcher_was_given, set_by_launcher
 
 T = TypeVar("T")
 _ACCUMULATION_VARIABLE = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-
-
-def processes() -> PartialState:
-    """The processes of this launch, before there is an Accelerator.
-
-    PartialState ignores ACCELERATE_USE_CPU, so pass it: each of several CPU processes would take itself for the only
-    one.
-    """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def check_processes() -> None:
@@ -136,16 +122,17 @@ def on_main_process(ask: Callable[[], T]) -> T:
     Raises:
         UserError: on all processes, if `ask` raised it.
     """
-    outcome: list[Any] = [None, None]
+    answer: Any = None
+    problem = None
     if processes().is_main_process:
         try:
-            outcome[0] = ask()
+            answer = ask()
         except UserError as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise printed_once(outcome[1])
-    return outcome[0]
+            problem = error
+    answer, problem = from_main_process((answer, problem))
+    if problem is not None:
+        raise printed_once(problem)
+    return answer
 
 
 def together(make: Callable[[], T]) -> T:
@@ -160,7 +147,7 @@ def together(make: Callable[[], T]) -> T:
         made = make()
     except UserError as error:
         problem = error
-    if problems := [found for found in gather_object([problem]) if found is not None]:
+    if problems := [found for found in gathered(problem) if found is not None]:
         raise printed_once(problems[0])
     return made
 
@@ -180,7 +167,12 @@ def main_process_first(make: Callable[[], T]) -> T:
 
 def all_agree(answer: bool) -> bool:
     """Whether the answer is yes on every process."""
-    return all(gather_object([answer]))
+    return all(gathered(answer))
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here."""
+    gathered(None)
 
 
 def leave_processes() -> None:
@@ -190,4 +182,4 @@ def leave_processes() -> None:
     for the interpreter lock, which the destructor holds: about one process in ten would never exit.
     """
     gc.collect()
-    processes().destroy_process_group()
+    leave_groups()

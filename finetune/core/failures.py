@@ -15,6 +15,8 @@ from finetune.core.launcher import imports_done
 
 _SECRET = re.compile(r"hf_\w+|(?<=://)[^/@\s]+(?=@)")  # a hub token, or credentials before a host
 
+_TIMEOUT = re.compile(r"[Tt]imed out waiting (\d+)ms|[Tt]imeout\(ms\)=(\d+)")  # gloo's, NCCL's
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: what Accelerate recognises, and on a CPU also bad_alloc and oneDNN's error.
@@ -52,9 +54,17 @@ def exit_code(run: Callable[[], int]) -> int:
 
 
 def _lost_process(error: RuntimeError | MemoryError) -> UserError | None:
-    """The error for the user if another process is gone, else None."""
+    """The error for the user if another process is gone, or does not answer, else None."""
     if not isinstance(error, DistError) and "gloo" not in str(error):
         return None
+    if waited := _TIMEOUT.search(str(error)):
+        seconds = int(waited[1] or waited[2]) / 1000
+        return UserError(
+            f"launch: another process of this run has not answered for {seconds:,.0f} s, so this one cannot continue; "
+            "see whether it runs, and whether the connection to its host is up. Run the same command again to resume "
+            "from the newest checkpoint",
+            exit_code=1,
+        )
     return UserError(
         "launch: another process of this run ended, so this one cannot continue; see the lines that it printed (if "
         "there are none it was killed, perhaps out of memory). Run the same command again to resume from the newest "

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from types import FrameType
 
 import torch
-from accelerate import Accelerator
+
+from finetune.core.groups import summed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ECHO_SECONDS = 2.0
@@ -65,11 +66,10 @@ class StopRequest:
 class StopCheck:
     """Asks between two steps of an evaluation whether any process was told to stop; costs one tiny reduction."""
 
-    def __init__(self, accelerator: Accelerator, requested: Callable[[], bool]):
-        self.accelerator, self.requested = accelerator, requested
+    def __init__(self, requested: Callable[[], bool]):
+        self.requested = requested
 
     def __call__(self) -> None:
         """Raises Interrupted on all processes if any of them was told to stop."""
-        flag = torch.tensor(float(self.requested()), device=self.accelerator.device)
-        if self.accelerator.reduce(flag, "sum").item() > 0:
+        if summed(torch.tensor(float(self.requested()))).item() > 0:
             raise Interrupted

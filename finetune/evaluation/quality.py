@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from finetune.config.schema import QualityConfig
 from finetune.core.errors import UserError, first_line
+from finetune.core.groups import summed
 from finetune.data.pixels import Pixels
 from finetune.evaluation.rounds import rounds
 
@@ -111,7 +112,7 @@ class Quality:
                 check()
                 if chunk is not None:
                     found[chunk] = self.features.of(images[chunk])
-        return accelerator.reduce(found, "sum").cpu()  # each row is 0 on all processes but one
+        return summed(found)  # each row is 0 on all processes but one
 
 
 def feature_distances(real: torch.Tensor, fake: torch.Tensor) -> dict[str, float]:

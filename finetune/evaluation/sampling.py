@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from finetune.config.fields import short
 from finetune.config.schema import SamplesConfig
 from finetune.core.errors import UserError, first_line
+from finetune.core.groups import summed
 from finetune.core.kind import Kind
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
@@ -131,7 +132,7 @@ def sample(
     if drawn:  # all at once, since a model of latents loads what makes images of them
         decoded = kind.images(torch.cat([x for _, x in drawn]))
         images[[index for chunk, _ in drawn for index in chunk]] = decoded.to(images.dtype)
-    return as_pixels(accelerator.reduce(images, "sum"))  # each is 0 on all processes but one
+    return as_pixels(summed(images))  # each is 0 on all processes but one
 
 
 def _guided(

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
+from finetune.core.groups import summed
 from finetune.core.kind import Kind
 from finetune.core.randomness import noise
 from finetune.data.batches import Batches
@@ -60,7 +61,7 @@ class Validation:
                 losses[chunk] = loss_per_image(
                     self.kind.noise_scheduler, made.output, made.clean, made.noise, made.timesteps, self.snr_gamma
                 )
-        return accelerator.reduce(losses, "sum").double().cpu().numpy()  # each is 0 on all processes but one
+        return summed(losses).double().numpy()  # each is 0 on all processes but one
 
     @torch.no_grad()
     def denoise(self, device: torch.device) -> Pixels:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from finetune.config.schema import Config
+from finetune.core.distributed import wait_for_all
 from finetune.core.kind import Kind
 from finetune.core.randomness import condition_dropped, timestep
 from finetune.core.stopping import StopRequest
@@ -194,7 +195,7 @@ class Run:
         self.save()
         if self.accelerator.is_main_process:
             self._export(flops)
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
         self.report.close()
         return 0
 

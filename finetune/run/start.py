@@ -151,7 +151,7 @@ def start_run(
     step = -1 if folder is None else state.step
     report = together(lambda: _open_report(config, accelerator, step, start.length))
     stop = StopRequest()
-    check_stop = StopCheck(accelerator, stop.requested)
+    check_stop = StopCheck(stop.requested)
     run = Run(
         config=config,
         accelerator=accelerator,

@@ -59,7 +59,7 @@ def test_samples_of_a_network_that_knows_the_image_are_that_image():
 def test_sampling_ends_at_the_next_step_after_a_stop(kind):
     accelerator, requested = Accelerator(cpu=True), RequestedAt(3)
     with pytest.raises(Interrupted):
-        sample(kind, accelerator, StopCheck(accelerator, requested), 0, [None] * 8, 5)
+        sample(kind, accelerator, StopCheck(requested), 0, [None] * 8, 5)
     assert requested.asked == 3
     assert kind.network.training
 

@@ -77,7 +77,7 @@ def test_images_take_turns_over_the_draws(validation):
 def test_an_evaluation_ends_at_the_next_chunk_after_a_stop(validation):
     accelerator, requested = Accelerator(cpu=True), RequestedAt(3)
     with pytest.raises(Interrupted):
-        validation.losses(accelerator, StopCheck(accelerator, requested))
+        validation.losses(accelerator, StopCheck(requested))
     assert requested.asked == 3
     assert validation.kind.network.training
 

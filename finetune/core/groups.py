@@ -1,0 +1,83 @@
+"""The groups that processes talk in: one for gradients, which fails soon, and one of control, which can wait a day.
+
+A process that decodes, samples or writes alone lets the others wait in the control group for as long as it takes. In
+the gradients' group all of them have the same work, so that a process which does not come within minutes never will.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from finetune.core.errors import UserError, first_line
+
+GRADIENTS_TIMEOUT = timedelta(minutes=10)  # also for the connections of both groups
+CONTROL_TIMEOUT = timedelta(days=1)
+_control: list[dist.ProcessGroup] = []  # empty, or the one of this launch
+
+
+def processes() -> PartialState:
+    """The processes of this launch, connected to each other by the first call.
+
+    PartialState ignores ACCELERATE_USE_CPU, so pass it: each of several CPU processes would take itself for the only
+    one. The timeout has to be set here: the Accelerator's own handler comes after the group is made.
+
+    Raises:
+        UserError: if they cannot connect.
+    """
+    if _control:
+        return PartialState()
+    try:
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=GRADIENTS_TIMEOUT)
+        if dist.is_initialized():
+            # Made with the short timeout, because it is also the connections': only then does it get patient.
+            group = dist.new_group(backend="gloo", timeout=GRADIENTS_TIMEOUT)
+            dist.distributed_c10d._set_pg_timeout(CONTROL_TIMEOUT, group)
+            _control.append(group)
+    except RuntimeError as error:  # DistError among them
+        address = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '')}"
+        raise UserError(
+            f"launch: the processes did not connect to each other within {GRADIENTS_TIMEOUT.total_seconds():.0f} s "
+            f"({first_line(error)}); expected each to reach {address} and every other one. Start all of them; on "
+            "several hosts set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface between them, "
+            "which must not be the loopback one",
+            exit_code=1,
+        ) from error
+    return state
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every process's value, which has to be picklable, in the order of the processes."""
+    values = [value] * processes().num_processes
+    if len(values) == 1:
+        return values
+    dist.all_gather_object(values, value, group=_control[0])
+    return values
+
+
+def from_main_process(value: Any) -> Any:
+    """The main process's value, which has to be picklable."""
+    if processes().num_processes == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=_control[0], device=torch.device("cpu"))
+    return values[0]
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of all processes' tensors, of equal shape and type, on the CPU."""
+    total = tensor.detach().cpu().clone()
+    if processes().num_processes > 1:
+        dist.all_reduce(total, group=_control[0])
+    return total
+
+
+def leave_groups() -> None:
+    """Destroy both groups, if they were made."""
+    _control.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
