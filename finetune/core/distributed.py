@@ -13,7 +13,7 @@ import joblib
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, parse_flag_from_env
 
 from finetune.core.errors import UserError, first_line
 from finetune.core.groups import from_main_process, gathered, leave_groups, processes
@@ -29,6 +29,7 @@ def check_processes() -> None:
     Raises:
         UserError: on every such process, with its message on the first.
     """
+    _refuse_sharded_launches()
     if processes().num_processes > 1:
         _rest_before_forks()
         return
@@ -45,6 +46,18 @@ def check_processes() -> None:
             "accelerators; start CPU processes with ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train.py ..., "
             "or ask for --num_processes 1"
         )
+
+
+def _refuse_sharded_launches() -> None:
+    """On CPUs Accelerate quietly ignores FSDP; elsewhere evaluation would wait forever and saving would fail."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            problem = (
+                f"launch: found ACCELERATE_USE_{name}=true, from accelerate launch --use_{name.lower()} or its config "
+                "file; expected neither: what a model holds is spread over processes by training.shard, which does "
+                "not exist yet. Launch plain processes, each of which holds the whole model"
+            )
+            raise UserError(problem) if os.environ.get("RANK", "0") == "0" else UserError()
 
 
 def _rest_before_forks() -> None:

@@ -14,7 +14,7 @@ import pytest
 from finetune.run import checkpoint
 from harness.compare import valid_checkpoints
 from harness.configs import tiny_config, write_config, write_pictures
-from harness.processes import start_command, wait_for
+from harness.processes import run, start_command, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -170,3 +170,24 @@ def test_one_process_on_a_cpu_takes_the_cores_that_it_may_use(tmp_path, command)
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"}
     output = subprocess.run([*command, script], env=environment, capture_output=True, text=True, check=True).stdout
     assert int(output) == min(joblib.cpu_count(), psutil.cpu_count(logical=False))
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_launch_that_would_spread_the_model_is_refused_before_anything_is_connected(config, tmp_path, name):
+    environment = {f"ACCELERATE_USE_{name}": "true"}
+    outcome = run("--config", config, f"output_dir={tmp_path}/run", folder=tmp_path, **environment)
+    assert outcome.returncode == 2
+    assert outcome.error.startswith(f"launch: found ACCELERATE_USE_{name}=true, from accelerate launch --use_")
+    assert "training.shard" in outcome.error
+    assert not (tmp_path / "run").exists()
+
+
+def test_use_fsdp_on_two_cpu_processes_is_refused_with_one_line(config, tmp_path):
+    """Accelerate alone would train them as plain DDP."""
+    command = (*LAUNCH, "--num_processes", "2", "--use_fsdp", "--main_process_port", "0", "train.py")
+    process = start_command(*command, "--config", config, f"output_dir={tmp_path}/run")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1  # the launcher's
+    assert errors.count("error: launch: found ACCELERATE_USE_FSDP=true") == 1
+    assert errors.count("error: ") == 1
+    assert not (tmp_path / "run").exists()
