@@ -32,6 +32,7 @@ from finetune.core.distributed import (
     launch_errors,
     main_process_first,
     on_main_process,
+    say,
     together,
     use_available_cores,
 )
@@ -85,7 +86,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
 
     # Model, images, and the moving average of the weights. What the model takes is printed before it is loaded.
     outline = main_process_first(lambda: outline_network(config.model, config.data.resolution))
-    accelerator.print(together(lambda: state_plan(accelerator, outline, layout.num_processes, config.ema.enabled)))
+    say(together(lambda: state_plan(accelerator, outline, layout.num_processes, config.ema.enabled)))
     kind = main_process_first(lambda: load_kind(config.model, config.data.resolution, config.seed))
     buckets = config.data.buckets
     shapes = on_main_process(lambda: run_shapes(buckets, kind.image_format.resolution, kind.divisor))
@@ -128,11 +129,11 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     notes = list(dict.fromkeys([*train_images.notes, *(held_out.notes if held_out else ())]))
     notes += encodings.notes if encodings else []
     counts, dealt = (len(train_images), len(held_out or ())), shapes_note(train_images.shapes, sampler)
-    accelerator.print(plan(config, accelerator, layout, kind, *counts, notes, flops, dealt))
+    say(plan(config, accelerator, layout, kind, *counts, notes, flops, dealt))
     if layers := layout_dependent_layers(kind.network):
-        accelerator.print(layout_dependence(layers))
+        say(layout_dependence(layers))
     if note := unguided(config, kind):
-        accelerator.print(note)
+        say(note)
 
     # Encoded once, before training; a check makes no encodings, and judges the network by those that exist.
     if encodings is not None and not (check or measure):
@@ -143,9 +144,9 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     if config.model.pretrained is not None and encoded:
         together(lambda: check_prediction_type(kind, batches, config.seed, accelerator.device))
     if check or measure:
-        accelerator.print(memory_plan(accelerator, kind, layout, config.ema.enabled))
+        say(memory_plan(accelerator, kind, layout, config.ema.enabled))
         if measure:
-            accelerator.print(peak_throughput(peak_rates(accelerator.device, accelerator.mixed_precision)))
+            say(peak_throughput(peak_rates(accelerator.device, accelerator.mixed_precision)))
         return 0
 
     # Loader and optimizer.

@@ -124,6 +124,12 @@ def use_available_cores(accelerator: Accelerator) -> None:
     torch.set_num_threads(min(joblib.cpu_count(), psutil.cpu_count(logical=False) or joblib.cpu_count()))
 
 
+def say(text: str) -> None:
+    """Print on the main process alone. `Accelerator.print` does so once a host."""
+    if processes().is_main_process:
+        print(text)
+
+
 def printed_once(error: UserError) -> UserError:
     """An error that all processes raise: with its message on the main process, without one on the others."""
     return error if processes().is_main_process else UserError(exit_code=error.exit_code)

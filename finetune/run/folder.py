@@ -6,9 +6,16 @@ import fcntl
 import os
 import shutil
 import socket
+import time
+import uuid
 from pathlib import Path
 
+from finetune.core.distributed import on_main_process, printed_once
 from finetune.core.errors import UserError
+from finetune.core.files import writing
+from finetune.core.groups import gathered, processes
+
+CACHE_SECONDS = 40.0  # NFS may keep what it knows of a folder for 30 s
 
 
 class Lock:
@@ -46,6 +53,49 @@ class Lock:
     def _holder(self) -> str:
         self._file.seek(0)
         return self._file.read(200).strip() or "it does not say which process it is"
+
+
+def require_shared(output_dir: Path) -> None:
+    """Check that every process sees the same output folder. Called by all processes, after the main one locked it.
+
+    Without this a run over several hosts with a folder each would end well, and could never be resumed: each process
+    loads its checkpoint from there.
+
+    Raises:
+        UserError: on all processes, with the hosts that do not see what the main process wrote.
+    """
+    if processes().num_processes == 1:
+        return
+    name = f".shared-{uuid.uuid4().hex}"  # a name nobody looked up before, so that no cache of NFS can deny it
+    token = on_main_process(lambda: _write_token(output_dir, name))
+    sees = gathered((_sees(output_dir / token), socket.gethostname()))
+    if processes().is_main_process:
+        (output_dir / token).unlink(missing_ok=True)
+    if blind := sorted({host for seen, host in sees if not seen}):
+        raise printed_once(
+            UserError(
+                f"output_dir: {output_dir}: found a folder of its own on {', '.join(blind)}; expected one that all "
+                f"hosts share with {sees[0][1]}, or the run could not be resumed; set a folder on a shared file system"
+            )
+        )
+
+
+def _write_token(output_dir: Path, name: str) -> str:
+    with writing(output_dir / name):
+        (output_dir / name).touch(exist_ok=False)
+    return name
+
+
+def _sees(token: Path) -> bool:
+    """Whether a file exists; listing its folder, and some patience, refreshes what a network file system cached."""
+    end = time.monotonic() + CACHE_SECONDS
+    while not token.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+        with contextlib.suppress(OSError):
+            os.listdir(token.parent)
+    return True
 
 
 def require_room(output_dir: Path, needed: int, what: str) -> None:

@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from finetune.config.load import to_yaml
 from finetune.config.schema import Config
 from finetune.core.batch import BatchLayout
-from finetune.core.distributed import on_main_process, together
+from finetune.core.distributed import on_main_process, say, together
 from finetune.core.errors import UserError
 from finetune.core.files import atomic
 from finetune.core.kind import Kind
@@ -24,7 +24,7 @@ from finetune.evaluation.validation import Validation
 from finetune.run import checkpoint
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.evaluator import Evaluator
-from finetune.run.folder import Lock, require_room
+from finetune.run.folder import Lock, require_room, require_shared
 from finetune.run.report import Report
 from finetune.run.run import Run
 from finetune.run.state import Length, RunState, differences, identity
@@ -72,7 +72,7 @@ def find_start(
 
     def find() -> tuple[Path | None, list[Path]]:
         existing = list(checkpoints.by_step().values())
-        folder, step = checkpoints.find(accelerator.print), 0
+        folder, step = checkpoints.find(say), 0
         if folder is not None:
             step = _check_same_run(folder, own_identity, length)
         _check_room(config, kind, checkpoints, step, length.total_steps)
@@ -134,15 +134,16 @@ def start_run(
         UserError: if another run holds the folder, or it cannot be written, or the checkpoint cannot be loaded.
     """
     lock = together(lambda: _take_folder(start) if accelerator.is_main_process else None)
+    require_shared(start.checkpoints.output_dir)
     checkpoint.share_weights_between_setups(accelerator)
     state, meters, folder = RunState(), Meters(), start.checkpoint
     if folder is not None:
         state, meters, changes = together(lambda: _restore(folder, config, accelerator, kind, ema))
         named = start.checkpoints.named
         since = f", which was trained on from {named}" if named not in (None, folder) else ""
-        accelerator.print(f"Resuming from {folder}{since}: step {state.step} of {start.length.total_steps}.")
+        say(f"Resuming from {folder}{since}: step {state.step} of {start.length.total_steps}.")
         for change in changes:
-            accelerator.print(f"  {change}")
+            say(f"  {change}")
         if folder == named:
             state.branches.append(checkpoint.digest(folder))
     branch_point = folder if folder == start.checkpoints.named and not start.checkpoints.names_own() else None

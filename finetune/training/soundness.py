@@ -13,7 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from finetune.core.distributed import all_agree, printed_once
+from finetune.core.distributed import all_agree, printed_once, say
 from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Kind
 from finetune.core.randomness import noise
@@ -58,7 +58,7 @@ def check_compiled(accelerator: Accelerator, network: torch.nn.Module, kind: Kin
     plain = _distance(_gradients(kind.network, kind, micro_batch_size, accelerator.device), exact)
     compiled = _compiled_distance(option, network, kind, micro_batch_size, accelerator.device, exact)
     if not _acceptable(compiled, plain) and backend == DynamoBackend.INDUCTOR:
-        accelerator.print(
+        say(
             f"Note: compiled gradients were {compiled:.1e} from the exact ones, the uncompiled network's {plain:.1e}; "
             "torch._inductor.config.layout_optimization is turned off"
         )
@@ -70,9 +70,7 @@ def check_compiled(accelerator: Accelerator, network: torch.nn.Module, kind: Kin
         raise printed_once(
             UserError(f"{option}: {found} (relative norm, micro-batch of {micro_batch_size}); set --dynamo_backend no")
         )
-    accelerator.print(
-        f"Compiled gradients are {compiled:.1e} from the exact ones, the uncompiled network's {plain:.1e}"
-    )
+    say(f"Compiled gradients are {compiled:.1e} from the exact ones, the uncompiled network's {plain:.1e}")
 
 
 def _acceptable(compiled: float, plain: float) -> bool:

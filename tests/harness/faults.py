@@ -129,11 +129,16 @@ def limit_file_size(size: int | Iterable[Path]) -> None:
 
 def limit_shared_memory(size: str) -> None:
     """This process and its workers get a /dev/shm of this size. Needs root."""
+    mount_own("/dev/shm", f"size={size}")
+
+
+def mount_own(folder: str | Path, options: str = "") -> None:
+    """This process and its children see an empty folder of their own there, in memory. Needs root."""
     clone_newns, ms_private, ms_rec = 0x00020000, 1 << 18, 1 << 14
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.unshare(clone_newns) == 0
     assert libc.mount(b"none", b"/", None, ms_rec | ms_private, None) == 0
-    assert libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, f"size={size}".encode()) == 0
+    assert libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, options.encode()) == 0
 
 
 def cut_the_network() -> None:

@@ -1,6 +1,7 @@
 """Layers that depend on the batch layout are named at the start, and wrong compiled gradients are not trained on."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError
 from finetune.models import unconditional
 from finetune.models.unconditional import load_unconditional
+from finetune.training import soundness
 from finetune.training.soundness import check_compiled, layout_dependent_layers
 from harness.compare import relative_difference, weights
 from harness.configs import ROOT, UNET, tiny_config, write_config, write_pictures
@@ -99,8 +101,9 @@ def check(factor=lambda: 1.0, backend=DynamoBackend.INDUCTOR, unet=UNET):
     kind = load_unconditional(ModelConfig(unet=unet), None, 0)
     printed = []
     state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend))
-    accelerator = SimpleNamespace(state=state, device=torch.device("cpu"), print=printed.append)
-    check_compiled(accelerator, Compiled(kind.network, factor), kind, 4)
+    accelerator = SimpleNamespace(state=state, device=torch.device("cpu"))
+    with mock.patch.object(soundness, "say", printed.append):
+        check_compiled(accelerator, Compiled(kind.network, factor), kind, 4)
     assert kind.network.training
     assert all(weight.grad is None for weight in kind.trainable().values())
     return printed
