@@ -1,0 +1,90 @@
+"""configs/digits-text-base: what is in the folder, that it loads as any pipeline does, and what it draws."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from finetune.data.decode import decode
+from finetune.data.sources import open_source
+from harness.configs import ROOT
+
+FOLDER = ROOT / "configs/digits-text-base"
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Every fourth digit as the trainer decodes it, (450, 3, 32, 32) in -1 .. 1, and which they are."""
+    rows = open_source("digits").splits["train"].select(range(0, 1797, 4))
+    decoded = np.stack([decode(row["image"]["bytes"], 3, 32, "center", "white") for row in rows])
+    return torch.from_numpy(decoded).permute(0, 3, 1, 2) / 127.5 - 1, rows["label"]
+
+
+def shrunk(pictures):
+    """Pictures in -1 .. 1 as scikit-learn has its digits: (n, 64) in 0 .. 16."""
+    return 8 * (pictures.mean(1).unflatten(2, (8, 4)).unflatten(1, (8, 4)).mean((2, 4)).flatten(1).numpy() + 1)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+
+    digits = load_digits()
+    return SVC(gamma=0.001).fit(digits.data, digits.target)
+
+
+def test_the_folder_is_small_and_holds_no_code():
+    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} == {".json", ".safetensors"}
+    assert sum(file.stat().st_size for file in files) <= 3_000_000
+
+
+def test_its_parts_have_one_dtype_without_being_asked(pipeline):
+    """Saved in float16, the text encoder would be loaded in it, and the UNet, loaded in float32, could not use it."""
+    assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
+    halves = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float16)
+    assert {halves.unet.dtype, halves.vae.dtype, halves.text_encoder.dtype} == {torch.float16}
+
+
+def test_each_number_is_a_token_of_its_own(pipeline):
+    """Without its vocabulary a tokenizer would load all the same, with 2 tokens."""
+    tokenizer = pipeline.tokenizer
+    assert len(tokenizer) == pipeline.text_encoder.config.vocab_size == 712
+    assert tokenizer.model_max_length == pipeline.text_encoder.config.max_position_embeddings == 32
+    for number in NUMBERS:
+        assert tokenizer.tokenize(f"A handwritten {number.upper()}") == ["a</w>", "handwritten</w>", f"{number}</w>"]
+    assert tokenizer.tokenize("brush zq") == ["brush</w>", "z", "q</w>"]  # letters, where a word is not known
+    empty = tokenizer("", padding="max_length").input_ids
+    assert empty == [tokenizer.bos_token_id] + 31 * [tokenizer.eos_token_id]
+
+
+def test_its_latents_have_a_deviation_of_1_and_are_decoded_to_the_digits(pipeline, digits, judge):
+    pictures, labels = digits
+    with torch.no_grad():
+        latents = pipeline.vae.encode(pictures).latent_dist.sample(torch.Generator().manual_seed(0))
+        decoded = pipeline.vae.decode(latents).sample.clamp(-1, 1)
+    assert latents.shape == (450, 4, 8, 8)
+    assert latents.std().item() * pipeline.vae.config.scaling_factor == pytest.approx(1, abs=0.02)
+    assert (decoded - pictures).square().mean() < 0.003
+    assert (judge.predict(shrunk(decoded)) == np.array(labels)).mean() > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("caption", ["a handwritten {}", "please write the number {} on paper"])
+def test_it_draws_0_to_4_by_caption_and_not_5_to_9(pipeline, judge, caption):
+    asked = np.repeat(np.arange(10), 10)
+    captions = [caption.format(NUMBERS[digit]) for digit in asked]
+    options = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "pt"}
+    images = pipeline(captions, generator=torch.Generator().manual_seed(1), **options).images
+    read = judge.predict(shrunk(2 * images - 1)) == asked
+    assert read[asked < 5].mean() >= 0.95
+    assert read[asked >= 5].mean() <= 0.15
