@@ -272,7 +272,7 @@ def draw(before: StableDiffusionPipeline, after: StableDiffusionPipeline, rows: 
     asked = [digit for _ in range(rows) for digit in NEW]
     grids = [drawn(pipeline, "a handwritten {}", asked) for pipeline in (before, after)]
     for theme, (background, text, *_) in THEMES.items():
-        figure = Figure(figsize=(9, 4), dpi=80, layout="constrained", facecolor=background)
+        figure = Figure(figsize=(9, 4.3), dpi=80, layout="constrained", facecolor=background)
         for axes, grid, title in zip(figure.subplots(1, 2), grids, ("before", "after"), strict=True):
             tiles = F.pad(grid.mean(1), (1, 1, 1, 1), value=-1).numpy()
             side = tiles.shape[-1]
@@ -285,11 +285,11 @@ def draw(before: StableDiffusionPipeline, after: StableDiffusionPipeline, rows: 
             )
             for column, digit in enumerate(NEW):
                 axes.text((column + 0.5) * side, -4, NUMBERS[digit], color=text, fontsize=10, ha="center")
-            axes.set_title(title, color=text, fontsize=12, pad=18)
+            axes.set_title(title, color=text, fontsize=12, pad=20)
             axes.axis("off")
         file = PICTURES / f"digits-text-{theme}.png"
         figure.savefig(file)
-        Image.open(file).convert("L").save(file, optimize=True)  # the digits have no colour
+        Image.open(file).convert("L").quantize(32).save(file, optimize=True)  # the digits have no colour
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from finetune.data.decode import decode
 from finetune.data.sources import open_source
@@ -76,6 +76,27 @@ def test_its_latents_have_a_deviation_of_1_and_are_decoded_to_the_digits(pipelin
     assert latents.std().item() * pipeline.vae.config.scaling_factor == pytest.approx(1, abs=0.02)
     assert (decoded - pictures).square().mean() < 0.003
     assert (judge.predict(shrunk(decoded)) == np.array(labels)).mean() > 0.99
+
+
+def test_its_network_predicts_what_its_scheduler_says(pipeline, digits):
+    """Sampled as if it predicted epsilon, it draws blurred digits that the judge still reads: only the loss tells.
+
+    At t = 900 the image is 1 % of the variance, so v is nearly the negative image, which is independent of the noise:
+    read as epsilon it errs by more than the noise's own variance of 1.
+    """
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    assert noise_scheduler.config.prediction_type == "v_prediction"
+    generator = torch.Generator().manual_seed(0)
+    pictures, labels = digits
+    chosen = [index for index, label in enumerate(labels) if label < 5]
+    with torch.no_grad():
+        latents = pipeline.vae.encode(pictures[chosen]).latent_dist.mean * pipeline.vae.config.scaling_factor
+        texts = pipeline.encode_prompt([f"a handwritten {NUMBERS[labels[i]]}" for i in chosen], "cpu", 1, False)[0]
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.full((len(chosen),), 900)
+        output = pipeline.unet(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, texts).sample
+    assert (output - noise_scheduler.get_velocity(latents, noise, timesteps)).square().mean() < 0.5
+    assert (output - noise).square().mean() > 1
 
 
 @pytest.mark.slow
