@@ -109,7 +109,7 @@ def draw(run: Path) -> None:
         draw_loss(right.subplots(), history, colours)
         file = PICTURES / f"digits-{theme}.png"
         figure.savefig(file)
-        Image.open(file).convert("RGB").save(file, optimize=True)  # without the alpha channel
+        _shrink(file)
 
 
 def draw_window() -> None:
@@ -128,7 +128,7 @@ def draw_window() -> None:
             _draw_row(axes, [one.places.tolist() for one in process], shapes, ladder, (lines, background, fills))
         file = PICTURES / f"window-{theme}.png"
         figure.savefig(file)
-        Image.open(file).convert("RGB").save(file, optimize=True)
+        _shrink(file)
 
 
 def _draw_row(axes: Axes, groups: list[list[int]], shapes: np.ndarray, ladder: list[Shape], colours: tuple) -> None:
@@ -154,6 +154,11 @@ def _draw_row(axes: Axes, groups: list[list[int]], shapes: np.ndarray, ladder: l
     axes.set_aspect("equal")
     axes.set_anchor("W")
     axes.axis("off")
+
+
+def _shrink(file: Path) -> None:
+    """Save a picture without its alpha channel, in 64 colours."""
+    Image.open(file).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def main() -> None:

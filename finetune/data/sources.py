@@ -30,6 +30,7 @@ from finetune.data.tables import build, build_described, build_pictures, build_t
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+NUMBERS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 EXPECTED = "expected digits, a folder of pictures, a saved dataset, .parquet, .arrow or .tar files, or a hub id"
 
 
@@ -120,7 +121,10 @@ def _open(source: str, output_dir: str | None, captioned: bool) -> Source:
 
 
 def _digits() -> datasets.Dataset:
-    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, whose values 0 .. 16 become 0 .. 255."""
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, whose values 0 .. 16 become 0 .. 255.
+
+    Each has its label, and a caption such as "a handwritten seven".
+    """
 
     def rows() -> Iterator[dict[str, Any]]:
         from sklearn.datasets import load_digits  # seconds to import: only where the cache has no digits yet
@@ -129,12 +133,13 @@ def _digits() -> datasets.Dataset:
         for pixels, label in zip(digits.images, digits.target, strict=True):
             file = io.BytesIO()
             Image.fromarray(np.rint(pixels * (255 / 16)).astype(np.uint8)).save(file, "PNG")
-            yield {"image": {"bytes": file.getvalue(), "path": None}, "label": int(label)}
+            caption = f"a handwritten {NUMBERS[label]}"
+            yield {"image": {"bytes": file.getvalue(), "path": None}, "label": int(label), "caption": caption}
 
-    names = datasets.ClassLabel(names=list("0123456789"))
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": names})
+    names, text = datasets.ClassLabel(names=list("0123456789")), datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": names, "caption": text})
     # The fingerprint would otherwise be a hash of the code above, which another Python compiles differently.
-    return datasets.Dataset.from_generator(rows, features=features, fingerprint="finetune-digits-1")
+    return datasets.Dataset.from_generator(rows, features=features, fingerprint="finetune-digits-2")
 
 
 def _open_folder(path: str, output_dir: str | None, captioned: bool) -> Source:

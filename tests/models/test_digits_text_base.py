@@ -6,11 +6,11 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from finetune.data.decode import decode
-from finetune.data.sources import open_source
+from finetune.data.sources import NUMBERS, open_source
 from harness.configs import ROOT
+from harness.processes import launch
 
 FOLDER = ROOT / "configs/digits-text-base"
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,15 @@ def judge():
 
     digits = load_digits()
     return SVC(gamma=0.001).fit(digits.data, digits.target)
+
+
+def read(pipeline, judge, caption, digits, each):
+    """The share of samples in which the judge reads the digit that the caption names."""
+    asked = np.repeat(digits, each)
+    captions = [caption.format(NUMBERS[digit]) for digit in asked]
+    options = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "pt"}
+    images = pipeline(captions, generator=torch.Generator().manual_seed(1), **options).images
+    return (judge.predict(shrunk(2 * images - 1)) == asked).mean()
 
 
 def test_the_folder_is_small_and_holds_no_code():
@@ -102,10 +111,20 @@ def test_its_network_predicts_what_its_scheduler_says(pipeline, digits):
 @pytest.mark.slow
 @pytest.mark.parametrize("caption", ["a handwritten {}", "please write the number {} on paper"])
 def test_it_draws_0_to_4_by_caption_and_not_5_to_9(pipeline, judge, caption):
-    asked = np.repeat(np.arange(10), 10)
-    captions = [caption.format(NUMBERS[digit]) for digit in asked]
-    options = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "pt"}
-    images = pipeline(captions, generator=torch.Generator().manual_seed(1), **options).images
-    read = judge.predict(shrunk(2 * images - 1)) == asked
-    assert read[asked < 5].mean() >= 0.95
-    assert read[asked >= 5].mean() <= 0.15
+    assert read(pipeline, judge, caption, range(5), 10) >= 0.95
+    assert read(pipeline, judge, caption, range(5, 10), 10) <= 0.15
+
+
+@pytest.mark.slow
+def test_the_job_teaches_it_5_to_9_by_an_adapter(judge, tmp_path):
+    """The base draws 0 to 4 instead."""
+    run = tmp_path / "run"
+    ended = launch("--config", "configs/digits-text.yaml", f"output_dir={run}", "samples.count=5", seconds=1200)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    taught = StableDiffusionPipeline.from_pretrained(FOLDER)
+    taught.set_progress_bar_config(disable=True)
+    assert read(taught, judge, "a handwritten {}", range(5, 10), 20) <= 0.15
+    taught.load_lora_weights(run / "lora", weight_name="pytorch_lora_weights.safetensors")
+    assert read(taught, judge, "a handwritten {}", range(5, 10), 20) >= 0.9
+    # The adapters' 0.18 M weights, their average and two moments, 4 bytes each, are 2.9 MB; the base would add 4.2 MB.
+    assert sum(file.stat().st_size for file in (run / "checkpoint-150").iterdir()) < 4e6
