@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,24 +20,18 @@ from PIL import Image, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageEr
 from finetune.core.errors import UserError
 from finetune.core.shapes import Shape, covering, nearest
 from finetune.data.colour import in_srgb
-from finetune.data.pixels import Original
+from finetune.data.colour_tags import profile_of
+from finetune.data.formats import FORMATS, HEAD, unread_format
+from finetune.data.pixels import BadImageError, Original
+from finetune.data.samples import check_channels, eight_bits
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the network's channels
-# Plugins that only decode: EPS, for one, would start Ghostscript on an untrusted program.
-FORMATS: tuple[str, ...] = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX")
-FORMATS += ("PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP")
 GREY_MODES = ("1", "L", "LA", "La")
-BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE, INK_SET, SAMPLE_FORMAT = 258, 262, 281, 332, 339  # TIFF's tags
 ORIENTATION = 274  # in EXIF and TIFF
 DRAFTED = ("JPEG", "MPO")  # formats that may be decoded smaller, and whose EXIF tag is known before that
-WHITE_IS_ZERO, OTHER_INKS, SIGNED = 0, 2, 2  # values of three of them
 # A PNG may hold metadata of any size; PIL's own limit of 1 MB for a chunk refuses good pictures. This one is for all.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # silence PIL's logger: BadImageError reports bad pictures
-
-
-class BadImageError(Exception):
-    """A picture that cannot be used; the message says why, and follows the picture's name."""
 
 
 def check_format(channels: int, background: str) -> None:
@@ -122,7 +116,7 @@ def _decode(source: bytes | str, channels: int, shapes: Sequence[Shape], crop: s
         if transparency is not None:
             file.info["transparency"] = transparency
         sides = reduced[1][2:] if reduced else file.size
-        profile = file.info.get("icc_profile")
+        profile = profile_of(file, source)
         image = _resized(_resizable(file, keep_cmyk=bool(profile)), sides, target, crop)
     image = _upright(in_srgb(image, profile))
     if image.width < shape.width or image.height < shape.height:
@@ -163,71 +157,14 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _resizable(image: Image.Image, keep_cmyk: bool) -> Image.Image:
     """The same picture in L, RGB, RGBA, or CMYK if asked: the modes that can be resized without loss of meaning."""
-    tags = _tags(image)
     if image.mode.startswith(("I", "F")):
-        return _eight_bits(image)
-    if tags and image.mode == "L" and _first(tags, SAMPLE_FORMAT, 1) == SIGNED:
-        raise BadImageError("has signed samples of 8 bits, which PIL reads as unsigned")
-    if tags and image.mode == "CMYK" and _first(tags, INK_SET, 1) == OTHER_INKS:
-        raise BadImageError("has inks other than cyan, magenta, yellow and black")
-    if image.format == "TIFF" and _first(tags, BITS_PER_SAMPLE, 8) == 16:  # PIL keeps the upper byte of each sample
-        most = _first(tags, MAX_SAMPLE, 65535)
-        if most < 65535:
-            raise BadImageError(f"has colours of 16 bits with values up to {most}, of which PIL reads the upper 8 only")
+        return eight_bits(image)
+    check_channels(image)
     if image.mode == "CMYK" and keep_cmyk:
         return image
     if image.has_transparency_data:
         return image.convert("RGBA")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def _tags(image: Image.Image) -> Mapping[int, Any]:
-    """The tags of a TIFF file; none of a picture in another format."""
-    return getattr(image, "tag_v2", {})
-
-
-def _first(tags: Mapping[int, Any], tag: int, default: int) -> int:
-    """The first value of a TIFF tag, which may have one for each channel."""
-    value = tags.get(tag, default)
-    return int(value[0] if isinstance(value, tuple) else value)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Samples of more than 8 bits, scaled so that the brightest value of the format becomes 255."""
-    values = np.asarray(image, dtype=np.float64)
-    peaks = _peaks(image)
-    peak = next((peak for peak in peaks if values.max() <= peak), None)
-    if peak is None or not values.min() >= 0:  # not: a NaN is bad too
-        raise BadImageError(f"has values from {values.min():g} to {values.max():g}, expected 0 to {peaks[-1]}")
-    scaled = (values * (255 / peak) + 0.5).astype(np.uint8)
-    if _first(_tags(image), PHOTOMETRIC, 1) == WHITE_IS_ZERO:
-        scaled = 255 - scaled
-    grey = Image.fromarray(scaled)
-    grey.info = image.info
-    if "transparency" not in image.info:
-        return grey
-    grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
-    return grey.convert("RGBA")
-
-
-def _peaks(image: Image.Image) -> tuple[int, ...]:
-    """The values that may stand for white, of which the smallest that no sample exceeds does.
-
-    A file that says how many bits or which values its samples have leaves no choice. 32-bit integers and floats come
-    without a convention: `datasets` writes 8-bit values as 32-bit TIFFs, and floats are 0..1, 0..255 or 0..65535.
-    """
-    if image.mode == "F":
-        return (1, 255, 65535)
-    if image.format != "TIFF":
-        return (65535,)  # PNG, PGM and JPEG 2000 are scaled to 16 bits by PIL
-    tags = _tags(image)
-    bits = _first(tags, BITS_PER_SAMPLE, 16)
-    most = _first(tags, MAX_SAMPLE, 0)
-    if most > 0 and (most + 1).bit_count() == 1:  # 2^k - 1 is a depth; any other value only a statistic of this picture
-        return (most,)
-    if bits < 32:
-        return (2 ** (bits - (_first(tags, SAMPLE_FORMAT, 1) == SIGNED)) - 1,)
-    return (255, 65535, 2**31 - 1)
 
 
 def _resized(image: Image.Image, sides: tuple[float, float], shape: Shape, crop: str) -> Image.Image:
@@ -251,7 +188,8 @@ def _reason(error: Exception, source: bytes | str) -> str:
     detail = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         empty = len(source) == 0 if isinstance(source, bytes) else os.path.getsize(source) == 0
-        return "is empty (0 bytes)" if empty else "is not a picture in any known format, or damaged at its start"
+        known = unread_format(_head(source)) or "is not a picture in any known format, or damaged at its start"
+        return "is empty (0 bytes)" if empty else known
     if isinstance(error, Image.DecompressionBombError):
         return f"is too large: {detail}"
     if isinstance(error, FileNotFoundError):
@@ -261,3 +199,10 @@ def _reason(error: Exception, source: bytes | str) -> str:
     if isinstance(error, MemoryError):
         return "needs more memory than there is"
     return f"is damaged or cut off: {detail}"
+
+
+def _head(source: bytes | str) -> bytes:
+    if isinstance(source, bytes):
+        return source[:HEAD]
+    with open(source, "rb") as file:
+        return file.read(HEAD)

@@ -6,17 +6,31 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from PIL import Image
 
 from finetune.core.errors import UserError
-from finetune.data.decode import FORMATS
+from finetune.data.formats import PICTURES
 
-PICTURES = {name for name, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
 READERS = dict.fromkeys(PICTURES, "imagefolder")
 READERS |= {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-OTHER_PICTURES = set(ImageFolder.EXTENSIONS) - PICTURES - {".mpg", ".mpeg"}
-OTHER_PICTURES |= {".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".exr", ".hdr", ".raw", ".dng"}
+OTHER_PICTURES = set(ImageFolder.EXTENSIONS) - {".mpg", ".mpeg"}
+OTHER_PICTURES |= {
+    ".avif",
+    ".heics",
+    ".heifs",
+    ".xcf",
+    ".heic",
+    ".heif",
+    ".hif",
+    ".jxl",
+    ".jxr",
+    ".svg",
+    ".exr",
+    ".hdr",
+    ".raw",
+    ".dng",
+}
 OTHER_PICTURES |= {".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}  # of cameras
+OTHER_PICTURES -= PICTURES
 # Made by servers, file managers and systems: thumbnails, waste baskets, snapshots. All in lower case.
 SYSTEM_FOLDERS = {"@eadir", "@recycle", "@recently-snapshot", "@tmp", "@__thumb", "#recycle", "#snapshot"}
 SYSTEM_FOLDERS |= {"$recycle.bin", "system volume information", "lost+found"}
@@ -157,7 +171,7 @@ def _reason_to_leave_out(name: str, is_run: bool) -> str | None:
     if name in ImageFolder.METADATA_FILENAMES or _extension(name) in READERS:
         return None
     if _extension(name) in OTHER_PICTURES:
-        return "pictures in formats that cannot be read here"
+        return "pictures in formats that cannot be read here, to be converted to PNG or JPEG"
     return OTHER
 
 

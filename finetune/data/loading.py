@@ -15,9 +15,19 @@ from finetune.data.cache import decoded
 from finetune.data.caption_sources import read_captions
 from finetune.data.changes import changes_to_shapes, changes_to_squares
 from finetune.data.damage import is_pointer
-from finetune.data.decode import BadImageError, check_format, decode, decode_to_shape, original, quiet
+from finetune.data.decode import check_format, decode, decode_to_shape, original, quiet
 from finetune.data.order import held_out
-from finetune.data.pixels import FEATURES, FORMAT, SHAPED_FEATURES, Images, Original, error_row, pixel_row, shaped_row
+from finetune.data.pixels import (
+    FEATURES,
+    FORMAT,
+    SHAPED_FEATURES,
+    BadImageError,
+    Images,
+    Original,
+    error_row,
+    pixel_row,
+    shaped_row,
+)
 from finetune.data.selection import Selection, select
 from finetune.data.sources import Source, explained, open_source
 

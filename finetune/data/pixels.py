@@ -39,6 +39,10 @@ Row = dict[str, Any]  # of the cache
 Pixels = npt.NDArray[np.uint8]
 
 
+class BadImageError(Exception):
+    """A picture that cannot be used; the message says why, and follows the picture's name."""
+
+
 class Images(Sequence[Pixels]):
     """Decoded images: a view of rows in memory-mapped files, at 16 bytes of memory an image.
 

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from finetune.core.errors import UserError
 from finetune.data.damage import broken_table, check_files, check_metadata, differing_rows
-from finetune.data.listing import EXAMPLES, PICTURES, by_kind
+from finetune.data.formats import PICTURES
+from finetune.data.listing import EXAMPLES, by_kind
 
 
 def build(name: str, **options: Any) -> dict[str, datasets.Dataset]:

@@ -14,7 +14,8 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
 from finetune.core.errors import UserError
 from finetune.data import decode as decoding
-from finetune.data.decode import BadImageError, check_format, decode, original, quiet
+from finetune.data.decode import check_format, decode, original, quiet
+from finetune.data.pixels import BadImageError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -116,8 +117,17 @@ RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]
         # Photometric interpretation 0: the largest value is black. 65535 - 25700 is 155 of 255, inverted 100.
         (tiff(65_535 - 25_700, np.uint16, tag262=0), "red", [100, 100, 100]),
         (tiff(65_535, np.uint16, tag262=0), "red", [0, 0, 0]),
-        # Signed 16 bits reach 32767: 16384 / 32767 x 255 = 127.5, rounded up.
+        # Signed 16 bits reach 32767: 16384 / 32767 x 255 = 127.5, rounded up. They may also hold 0 to 255.
         (raw_tiff(16_384, 16, signed=True), "red", [128, 128, 128]),
+        (raw_tiff(200, 16, signed=True), "red", [200, 200, 200]),
+        (raw_tiff(255, 16, signed=True), "red", WHITE),
+        # Unsigned 32 bits reach 2^32 - 1, of which 2^31 is the half.
+        (raw_tiff(2**31, 32), "red", [128, 128, 128]),
+        (raw_tiff(2**32 - 1, 32), "red", WHITE),
+        (raw_tiff(2**31 - 1, 32), "red", [127, 127, 127]),
+        (raw_tiff(2**31 - 1, 32, signed=True), "red", WHITE),
+        (raw_tiff(200, 32), "red", [200, 200, 200]),
+        (raw_tiff(25_700, 32), "red", [100, 100, 100]),
         # Of a PGM the header says what white is, however dark the picture: 200 / 65535 x 255 = 0.8.
         (pgm(4095, 4095), "red", WHITE),
         (pgm(200, 65_535), "red", [1, 1, 1]),
@@ -164,6 +174,11 @@ def test_the_transparent_colour_of_a_png_is_of_its_own_depth(depth, colour, samp
     [
         (raw_tiff(-100, 8, signed=True), "has signed samples of 8 bits"),
         (plain("CMYK", (0, 255, 255, 0), kind="TIFF", tiffinfo={332: 2}), "has inks other than cyan"),
+        # Between two conventions nothing says which value is white: 4095 of 65535 would be nearly black.
+        (values(4095, np.int32), "has values up to 4095, and nothing says which value is white"),
+        (raw_tiff(4095, 16, signed=True), "has values up to 4095, and nothing"),
+        (raw_tiff(70_000, 32), "has values up to 70000, and nothing"),
+        (values(1.2, np.float32), "has values up to 1.2, and nothing"),
         (raw_tiff(-1, 16, signed=True), "has values from -1 to -1, expected 0 to 32767"),
         (values(-5, np.int32), "has values from -5 to -5, expected 0 to 2147483647"),
         (values(70_000, np.float32), "has values from 70000 to 70000, expected 0 to 65535"),
@@ -417,7 +432,7 @@ JPEG, PNG = (encoded(Image.fromarray(NOISE), kind) for kind in ("JPEG", "PNG"))
     [
         (b"", "is empty (0 bytes)"),
         (b"It says .png but it is a letter.", "is not a picture in any known format, or damaged at its start"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture in any known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is a PostScript file: convert it to PNG or JPEG"),
         (JPEG[: len(JPEG) // 2], "is damaged or cut off: image file is truncated"),
         (PNG[: len(PNG) // 2], "is damaged or cut off: image file is truncated"),
         (encoded(Image.new("RGB", (1, 1))), "is 1 x 1 pixels, expected at least 2 a side"),

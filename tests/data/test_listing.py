@@ -29,6 +29,7 @@ def problem(path, output_dir=None) -> str:
     return line
 
 
+CONVERT = "left out pictures in formats that cannot be read here, to be converted to PNG or JPEG"
 RUN = "config.yaml", "metrics.jsonl", "loss_curve.png", "samples/step-1.png", "checkpoint-1/x.png", "pipeline/y.png"
 TABLE = [
     # files, found, left out
@@ -36,15 +37,12 @@ TABLE = [
     (
         [*(f"{n}.jpg" for n in range(3)), *(f"{n}.avif" for n in range(5)), "x.heic", "y.jxl"],
         "found 8 pictures: 5 .avif, 3 .jpg",
-        ["left out pictures in formats that cannot be read here (2): 1 .heic (x.heic), 1 .jxl (y.jxl)"],
+        [f"{CONVERT} (2): 1 .heic (x.heic), 1 .jxl (y.jxl)"],
     ),
     (
         ["a.png", "b.psd", "c.dng", "d.svg", "e.CR2"],
         "found 1 picture: 1 .png",
-        [
-            "left out pictures in formats that cannot be read here (4): 1 .cr2 (e.CR2), 1 .dng (c.dng), "
-            "1 .psd (b.psd), 1 .svg (d.svg)"
-        ],
+        [f"{CONVERT} (4): 1 .cr2 (e.CR2), 1 .dng (c.dng), 1 .psd (b.psd), 1 .svg (d.svg)"],
     ),
     (
         ["a.png", "a.txt", "b.txt", "c.txt", "d.txt", "LICENSE", "clip.mp4"],
@@ -121,7 +119,7 @@ def test_avif_pictures_are_decoded(tmp_path):
 def test_a_folder_with_nothing_readable_says_what_is_in_it(tmp_path):
     line = problem(write_files(tmp_path, "a.heic", "b.heic"))
     assert "found nothing to read in the folder" in line
-    assert "left out pictures in formats that cannot be read here (2): 2 .heic (a.heic, b.heic)" in line
+    assert f"{CONVERT} (2): 2 .heic (a.heic, b.heic)" in line
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
@@ -222,7 +220,7 @@ def test_the_plan_prints_what_was_left_out(tmp_path):
     printed = [line.removeprefix("  pictures").strip() for line in printed]
     start = printed.index("found 46 pictures: 46 .png")
     assert printed[start + 1 : start + 4] == [
-        "left out pictures in formats that cannot be read here (1): 1 .heic (x.heic)",
+        f"{CONVERT} (1): 1 .heic (x.heic)",
         "left out 22 of 46 images of 'train', which are bad (on_bad_image: skip):",
         "bad00.png: is empty (0 bytes)",
     ]
