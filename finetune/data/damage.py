@@ -5,11 +5,10 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
 
 from finetune.core.errors import UserError, first_line
 
@@ -90,24 +89,4 @@ def broken_table(reader: str, files: Iterable[str]) -> str | None:
         if names != expected:
             found = f"{', '.join(names)} in {file} and {', '.join(expected)} in {first}"
             return f"found the columns {found}; expected the same in all files"
-    return None
-
-
-def differing_rows(files: Iterable[str], pictures: Collection[str]) -> str | None:
-    """Of tar files, two rows with pictures of different extensions, in words; None if there are none.
-
-    Args:
-        pictures: the extensions of pictures, in lower case.
-    """
-    rows: dict[tuple[str, str], set[str]] = {}
-    for file in files:
-        with tarfile.open(file) as archive:
-            for member in archive:
-                key, kind = base_plus_ext(member.name)
-                if key is not None and member.isfile() and os.path.splitext(member.name)[1].lower() in pictures:
-                    rows.setdefault((file, key), set()).add(f".{kind}")
-    (_, first), kinds = next(iter(rows.items()), (("", ""), set()))
-    for (_, key), others in rows.items():
-        if others != kinds:
-            return f"{first!r} has {', '.join(sorted(kinds))} and {key!r} has {', '.join(sorted(others))}"
     return None

@@ -6,14 +6,15 @@ import os
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from finetune.core.errors import UserError
-from finetune.data.damage import broken_table, check_files, check_metadata, differing_rows
-from finetune.data.formats import PICTURES
+from finetune.data.archives import check_archives
+from finetune.data.damage import broken_table, check_files, check_metadata
 from finetune.data.listing import EXAMPLES, by_kind
+from finetune.data.metadata import read_metadata
+from finetune.data.schemas import check_schemas, with_rows
 
 
 def build(name: str, **options: Any) -> dict[str, datasets.Dataset]:
@@ -26,33 +27,23 @@ def build(name: str, **options: Any) -> dict[str, datasets.Dataset]:
 
 def build_tables(reader: str, files: dict[str, list[str]], **options: Any) -> dict[str, datasets.Dataset]:
     """Tables from the paths of parquet, arrow or tar files, by split."""
+    check_files(file for split in files.values() for file in split)
+    if reader == "parquet":
+        files = with_rows(files)
     paths = [file for split in files.values() for file in split]
-    check_files(paths)
+    if reader == "webdataset":
+        check_archives(paths, first=[*files.values()][-1][0])  # `datasets` takes the columns from the last split
     patterns = {split: [glob.escape(file) for file in paths] for split, paths in files.items()}
     try:
-        tables = build(reader, data_files=patterns, **options)
-    except Exception as error:
-        if reader == "webdataset" and isinstance(error, ValueError) and (problem := differing_rows(paths, PICTURES)):
-            raise _different_types(paths, problem) from None
+        if reader in ("parquet", "arrow"):
+            check_schemas(paths)
+        return build(reader, data_files=patterns, **options)
+    except UserError:
+        raise
+    except Exception:
         if problem := broken_table(reader, paths):
             raise UserError(f"data.source: {problem}") from None
         raise
-    if reader == "webdataset":  # `datasets` compares the first five rows, and leaves out other files of later ones
-        pictures = {column for table in tables.values() for column in _picture_columns(table)}
-        incomplete = any(
-            all(table.data.column(name).null_count for name in pictures) for table in tables.values() if pictures
-        )
-        if incomplete and (problem := differing_rows(paths, PICTURES)):
-            raise _different_types(paths, problem)
-    return tables
-
-
-def _different_types(files: list[str], problem: str) -> UserError:
-    names = ", ".join(map(os.path.basename, files[:EXAMPLES])) + (", ..." if len(files) > EXAMPLES else "")
-    return UserError(
-        f"data.source: found rows with pictures of different types in {names}: {problem}; expected one type in all "
-        "rows: convert them, or unpack the files and set data.source to the folder"
-    )
 
 
 def build_pictures(path: str, splits: dict[str, list[str]], drop_labels: bool | None) -> dict[str, datasets.Dataset]:
@@ -84,25 +75,38 @@ def build_pictures(path: str, splits: dict[str, list[str]], drop_labels: bool | 
 def build_described(
     path: str, splits: dict[str, list[str]], metadata: list[str], explicit: bool
 ) -> dict[str, datasets.Dataset]:
-    """Pictures with the columns of metadata files. All files of a folder are passed on, so that changes are noticed."""
+    """Pictures with the columns of metadata files, sorted by path; a split without metadata is left out.
+
+    Args:
+        explicit: whether a configuration names the files of each split, and the metadata files among them.
+    """
     for file in metadata:
         check_metadata(os.path.join(path, file))
-    patterns: dict[str, list[str]] = {}
+    tables = {}
     for split, files in splits.items():
         folders = {file.split(os.sep)[0] for file in files}
         if explicit:
-            names = [glob.escape(file) for file in files]  # a bracket in a name would be part of the pattern
-            described = not set(metadata).isdisjoint(files)
-        elif list(splits) == ["train"]:
-            names, described = ["**"], True
+            described = [file for file in metadata if file in files]
         else:
-            names = [os.path.join(glob.escape(folder), "**") for folder in sorted(folders)]
-            described = any(file.split(os.sep)[0] in folders for file in metadata)
-        if described:  # a split without metadata would have no rows, which `datasets` cannot load
-            patterns[split] = [os.path.join(glob.escape(path), name) for name in names]
-    tables = build("imagefolder", data_files=patterns)
-    # Several metadata files are read in an order that differs from run to run.
-    return {split: _by_path(table) for split, table in tables.items()}
+            described = [file for file in metadata if len(splits) == 1 or file.split(os.sep)[0] in folders]
+        if described:
+            tables[split] = _described(path, described)
+    return tables
+
+
+def _described(path: str, metadata: list[str]) -> datasets.Dataset:
+    table, pictures = read_metadata(path, metadata)
+    features = datasets.Features.from_arrow_schema(table.schema)
+    features |= {name: datasets.Image(decode=False) for name in pictures}
+    features = datasets.Features(features)
+    states = [
+        _state(name) for column in pictures for name in pc.struct_field(table[column], "path").to_pylist() if name
+    ]
+    identity = hashlib.blake2b(repr((features, states)).encode(), digest_size=8)
+    for file in metadata:
+        with open(os.path.join(path, file), "rb") as opened:
+            identity.update(opened.read())
+    return datasets.Dataset(table.cast(features.arrow_schema), fingerprint=identity.hexdigest())
 
 
 def unnamed(path: str, files: list[str], tables: dict[str, datasets.Dataset]) -> list[str]:
@@ -119,13 +123,6 @@ def unnamed(path: str, files: list[str], tables: dict[str, datasets.Dataset]) ->
 
 def _picture_columns(table: datasets.Dataset) -> list[str]:
     return [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
-
-
-def _by_path(dataset: datasets.Dataset) -> datasets.Dataset:
-    if "image" not in dataset.column_names:
-        return dataset
-    order = pc.sort_indices(pc.struct_field(dataset.data.column("image"), "path"))
-    return dataset.select(order.to_numpy().astype(np.int64))
 
 
 def _state(path: str) -> tuple[str, int | None, int | None]:

@@ -1,0 +1,68 @@
+"""Parquet and arrow files that are read as one table: whether their columns mean the same."""
+
+import os
+from collections.abc import Callable
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune.core.errors import UserError, first_line
+
+TYPES: dict[str, Callable[[pa.DataType], bool]] = {
+    "integers": pa.types.is_integer,
+    "texts": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    "true or false": pa.types.is_boolean,
+}
+
+
+def with_rows(files: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The parquet files of each split that have rows; `datasets` cannot read one without.
+
+    Raises:
+        UserError: none has any, or one is damaged.
+    """
+    kept = {split: [file for file in paths if _rows(file)] for split, paths in files.items()}
+    if not any(kept.values()):
+        paths = [file for split in files.values() for file in split]
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        raise UserError(f"data.source: found no rows in {paths[0]}{more}; expected one for each picture")
+    return {split: paths for split, paths in kept.items() if paths}
+
+
+def check_schemas(files: list[str]) -> None:
+    """Raises UserError if files call different things by one name: types of values, or classes in another order."""
+    found: dict[str, tuple[str, str]] = {}
+    for file in files:
+        schema = _schema(file)
+        for field in schema:
+            meaning = next((name for name, is_it in TYPES.items() if is_it(field.type)), None)
+            feature = datasets.Features.from_arrow_schema(schema)[field.name]
+            if isinstance(feature, datasets.ClassLabel):
+                meaning = f"the classes {', '.join(feature.names[:20])}"
+            if meaning is None:
+                continue
+            known, other = found.setdefault(field.name, (meaning, file))
+            if known != meaning:
+                raise UserError(
+                    f"data.source: found {meaning} in {field.name!r} of {os.path.basename(file)} and {known} in that "
+                    f"of {os.path.basename(other)}; expected the same in all files: convert them, or give one of them"
+                )
+
+
+def _rows(file: str) -> int:
+    try:
+        return int(pq.read_metadata(file).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"data.source: {file} is damaged or of another type: {first_line(error)}") from None
+
+
+def _schema(file: str) -> pa.Schema:
+    if file.endswith(".parquet"):
+        return pq.read_schema(file)
+    with pa.memory_map(file) as source:
+        try:
+            return pa.ipc.open_stream(source).schema
+        except pa.ArrowInvalid:
+            source.seek(0)
+            return pa.ipc.open_file(source).schema
