@@ -1,17 +1,21 @@
-"""The `configs:` of a local dataset's README.md, which `datasets` honours and a copy from the hub has."""
+"""What a local dataset's README.md says, as `datasets` reads it: the files in `configs:`, and the names of classes."""
 
+import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import datasets
 import yaml
 from datasets.data_files import DataFilesDict, sanitize_patterns
+from datasets.info import DatasetInfo, DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from finetune.core.errors import UserError
 
+INFOS = "dataset_infos.json"  # where earlier versions of `datasets` wrote the class names
 CARDS = "README.md", ".huggingface.yaml"  # where both have a key, the second counts
 DROPS = "drop_labels", "drop_metadata"  # options of picture folders
 READING = {"parquet": ("columns", "features"), "arrow": ("features",), "webdataset": ("features",)}
@@ -25,6 +29,7 @@ class Configuration:
     name: str = "default"
     options: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[str, ...] = ()  # the names of the configurations that are not used
+    classes: Mapping[str, datasets.ClassLabel] = field(default_factory=dict)  # by column, those that the README names
 
     def get(self, option: str) -> Any:
         """An option's value, None where it is not set."""
@@ -77,23 +82,26 @@ def default_configuration(path: str) -> Configuration:
         UserError: there are several and none is the default.
     """
     try:
-        configurations = _configurations(path)
+        card = _card(path)
+        configurations = MetadataConfigs.from_dataset_card_data(card)
         name = configurations.get_default_config_name()
+        classes = _classes(path, card, name or "default")
     except (ValueError, TypeError, yaml.YAMLError) as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"data.source: {path}: the header of README.md cannot be read: {detail}; fix it") from None
     if not configurations:
-        return Configuration()
+        return Configuration(classes=classes)
     if name is None:
         listed = "; ".join(f"{name} ({_files(options)})" for name, options in configurations.items())
         raise UserError(
             f"data.source: {path}: found the configurations {listed} in README.md, none of them the default; expected "
             "the files of one: set data.source to them, or mark one with `default: true`"
         )
-    return Configuration(name, configurations[name], tuple(other for other in configurations if other != name))
+    others = tuple(other for other in configurations if other != name)
+    return Configuration(name, configurations[name], others, classes)
 
 
-def _configurations(path: str) -> MetadataConfigs:
+def _card(path: str) -> DatasetCardData:
     card: dict[str, Any] = {}
     readme, plain = (os.path.join(path, name) for name in CARDS)
     if os.path.isfile(readme):
@@ -102,7 +110,19 @@ def _configurations(path: str) -> MetadataConfigs:
     if os.path.isfile(plain):
         with open(plain, encoding="utf-8", errors="replace") as file:
             card |= yaml.safe_load(file) or {}
-    return MetadataConfigs.from_dataset_card_data(DatasetCardData(**card))
+    return DatasetCardData(**card)
+
+
+def _classes(path: str, card: DatasetCardData, name: str) -> dict[str, datasets.ClassLabel]:
+    """The classes that `dataset_info` names, by column."""
+    infos: Mapping[str, DatasetInfo] = DatasetInfosDict.from_dataset_card_data(card)
+    older = os.path.join(path, INFOS)
+    if not infos and os.path.isfile(older):
+        with open(older, encoding="utf-8") as file:
+            infos = {name: DatasetInfo.from_dict(info) for name, info in json.load(file).items()}
+    info = infos.get(name) or (next(iter(infos.values())) if len(infos) == 1 else None)
+    features = (info and info.features) or {}
+    return {column: kind for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
 
 
 def _files(options: Mapping[str, Any]) -> str:

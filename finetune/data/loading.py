@@ -144,6 +144,12 @@ def _listed(problems: list[str]) -> list[str]:
 def _check_labels(source: Source, config: DataConfig, chosen: Selection) -> None:
     """Raises UserError if there are no labels, or naming the images that have none."""
     column = config.label_column or "label"
+    kind = chosen.dataset.features.get(column)
+    if chosen.labels is None and kind is not None:
+        raise UserError(
+            f"data.label_column: found {column!r} of {config.source}, which holds {kind}; expected class labels, "
+            "integers or texts"
+        )
     if chosen.labels is None:
         raise UserError(
             f"data.label_column: found no column {column!r} of labels in {config.source}; model.class_conditional=true "

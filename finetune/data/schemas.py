@@ -1,7 +1,7 @@
 """Parquet and arrow files that are read as one table: whether their columns mean the same."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import datasets
 import pyarrow as pa
@@ -48,6 +48,19 @@ def check_schemas(files: list[str]) -> None:
                     f"data.source: found {meaning} in {field.name!r} of {os.path.basename(file)} and {known} in that "
                     f"of {os.path.basename(other)}; expected the same in all files: convert them, or give one of them"
                 )
+
+
+def with_classes(file: str, classes: Mapping[str, datasets.ClassLabel]) -> datasets.Features | None:
+    """A file's features with classes for its columns of integers or texts; None if it has no such column."""
+    features = datasets.Features.from_arrow_schema(_schema(file))
+    new = {name: label for name, label in classes.items() if name in features and features[name] != label}
+    for name, label in new.items():
+        if isinstance(features[name], datasets.ClassLabel):
+            raise UserError(
+                f"data.source: found the classes {', '.join(features[name].names[:20])} in {name!r} of {file} and "
+                f"{', '.join(label.names[:20])} in README.md; expected the same: correct one of them"
+            )
+    return datasets.Features({**features, **new}) if new else None
 
 
 def _rows(file: str) -> int:

@@ -89,7 +89,13 @@ def _labels(dataset: datasets.Dataset, config: DataConfig) -> tuple[np.ndarray |
             names = sorted({value for value in values if value is not None})
             codes = {name: code for code, name in enumerate(names)}
             values = [codes.get(value) for value in values]
-        return np.array([-1 if value is None else value for value in values], dtype=np.int64), names
+        labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
+        if names is not None and labels.max(initial=-1) >= len(names):
+            raise UserError(
+                f"data.label_column: found label {labels.max()} in {column!r} of {config.source}; expected one of the "
+                f"{len(names)} named classes, 0 to {len(names) - 1}"
+            )
+        return labels, names
     if required and kind is None:
         raise UserError(_no_column("data.label_column", column, dataset, config.source))
     if required:

@@ -177,11 +177,11 @@ def _open_folder(path: str, output_dir: str | None, captioned: bool) -> Source:
         _refuse_saved_inside(path, files)
     if reader != "imagefolder":
         absolute = {split: [os.path.join(path, file) for file in files] for split, files in by_split.items()}
-        return Source(build_tables(reader, absolute, **options.reading(reader)), notes=notes)
+        return Source(build_tables(reader, absolute, options.classes, **options.reading(reader)), notes=notes)
     if not listing.metadata or options.get("drop_metadata"):
         return Source(build_pictures(path, by_split, options.get("drop_labels")), (path,), notes)
     whole = by_split if splits is None else splits
-    tables = build_described(path, whole, listing.metadata, explicit=splits is not None)
+    tables = build_described(path, whole, listing.metadata, splits is not None, options.classes)
     return Source(tables, (path,), notes + unnamed(path, files, tables))
 
 

@@ -3,18 +3,22 @@
 import glob
 import hashlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets.table import table_cast
 
 from finetune.core.errors import UserError
 from finetune.data.archives import check_archives
 from finetune.data.damage import broken_table, check_files, check_metadata
 from finetune.data.listing import EXAMPLES, by_kind
 from finetune.data.metadata import read_metadata
-from finetune.data.schemas import check_schemas, with_rows
+from finetune.data.schemas import check_schemas, with_classes, with_rows
+
+Classes = Mapping[str, datasets.ClassLabel]
 
 
 def build(name: str, **options: Any) -> dict[str, datasets.Dataset]:
@@ -25,8 +29,14 @@ def build(name: str, **options: Any) -> dict[str, datasets.Dataset]:
     return splits
 
 
-def build_tables(reader: str, files: dict[str, list[str]], **options: Any) -> dict[str, datasets.Dataset]:
-    """Tables from the paths of parquet, arrow or tar files, by split."""
+def build_tables(
+    reader: str, files: dict[str, list[str]], classes: Classes | None = None, **options: Any
+) -> dict[str, datasets.Dataset]:
+    """Tables from the paths of parquet, arrow or tar files, by split.
+
+    Args:
+        classes: by column of parquet and arrow files, classes that the files themselves do not name.
+    """
     check_files(file for split in files.values() for file in split)
     if reader == "parquet":
         files = with_rows(files)
@@ -37,6 +47,9 @@ def build_tables(reader: str, files: dict[str, list[str]], **options: Any) -> di
     try:
         if reader in ("parquet", "arrow"):
             check_schemas(paths)
+            if classes and "features" not in options and (features := with_classes(paths[0], classes)):
+                names = options.get("columns") or features
+                options["features"] = datasets.Features({name: features[name] for name in names})
         return build(reader, data_files=patterns, **options)
     except UserError:
         raise
@@ -73,12 +86,13 @@ def build_pictures(path: str, splits: dict[str, list[str]], drop_labels: bool | 
 
 
 def build_described(
-    path: str, splits: dict[str, list[str]], metadata: list[str], explicit: bool
+    path: str, splits: dict[str, list[str]], metadata: list[str], explicit: bool, classes: Classes
 ) -> dict[str, datasets.Dataset]:
     """Pictures with the columns of metadata files, sorted by path; a split without metadata is left out.
 
     Args:
         explicit: whether a configuration names the files of each split, and the metadata files among them.
+        classes: by column, classes that README.md names.
     """
     for file in metadata:
         check_metadata(os.path.join(path, file))
@@ -90,14 +104,15 @@ def build_described(
         else:
             described = [file for file in metadata if len(splits) == 1 or file.split(os.sep)[0] in folders]
         if described:
-            tables[split] = _described(path, described)
+            tables[split] = _described(path, described, classes)
     return tables
 
 
-def _described(path: str, metadata: list[str]) -> datasets.Dataset:
+def _described(path: str, metadata: list[str], classes: Classes) -> datasets.Dataset:
     table, pictures = read_metadata(path, metadata)
     features = datasets.Features.from_arrow_schema(table.schema)
     features |= {name: datasets.Image(decode=False) for name in pictures}
+    features |= {name: label for name, label in classes.items() if name in features}
     features = datasets.Features(features)
     states = [
         _state(name) for column in pictures for name in pc.struct_field(table[column], "path").to_pylist() if name
@@ -106,7 +121,7 @@ def _described(path: str, metadata: list[str]) -> datasets.Dataset:
     for file in metadata:
         with open(os.path.join(path, file), "rb") as opened:
             identity.update(opened.read())
-    return datasets.Dataset(table.cast(features.arrow_schema), fingerprint=identity.hexdigest())
+    return datasets.Dataset(table_cast(table, features.arrow_schema), fingerprint=identity.hexdigest())
 
 
 def unnamed(path: str, files: list[str], tables: dict[str, datasets.Dataset]) -> list[str]:

@@ -1,5 +1,6 @@
 """A local dataset whose README.md has `configs:` is read as `datasets.load_dataset` reads it."""
 
+import json
 import shutil
 
 import datasets
@@ -7,7 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finetune.config.schema import DataConfig
 from finetune.core.errors import UserError
+from finetune.core.kind import ImageFormat
+from finetune.data.loading import load_data
 from finetune.data.sources import open_source
 from harness.configs import png
 from harness.folders import write_files
@@ -190,3 +194,66 @@ def test_a_readme_in_another_encoding_does_not_matter(tables):
 def test_a_plain_yaml_file_counts_too(tables):
     (tables / ".huggingface.yaml").write_text(f"configs:\n{TINY}")
     assert sizes(open_source(str(tables)).splits) == {"train": 2}
+
+
+CLASSES = "dataset_info:\n  features:\n  - name: label\n    dtype:\n      class_label:\n        names:\n"
+CLASSES += "          '0': cat\n          '1': dog\n"
+
+
+def labelled(root, labels, kind: str = "parquet"):
+    """A copy of a dataset whose README.md names the classes cat and dog, and whose file does not."""
+    root.mkdir(exist_ok=True)
+    (root / "README.md").write_text(f"---\n{CLASSES}---\n")
+    images = [{"bytes": png(seed=seed), "path": None} for seed in range(len(labels))]
+    if kind == "csv":
+        names = [f"{number}.png" for number in range(len(labels))]
+        write_files(root, *names)
+        rows = "".join(f"{name},{label}\n" for name, label in zip(names, labels, strict=True))
+        (root / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    elif kind == "parquet":
+        pq.write_table(pa.table({"image": images, "label": labels}), root / "train-0.parquet")
+    else:
+        table = pa.table({"image": images, "label": labels})
+        with pa.ipc.new_stream(str(root / "train-0.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "csv"])
+@pytest.mark.parametrize("labels", [[1, 0, 1], ["dog", "cat", "dog"]])
+def test_class_names_of_the_readme_are_kept(tmp_path, kind, labels):
+    split = open_source(str(labelled(tmp_path, labels, kind))).splits["train"]
+    assert split.features["label"].names == ["cat", "dog"]
+    assert split["label"][:] == [1, 0, 1]
+
+
+def test_class_names_of_the_chosen_configuration_and_of_older_datasets(tmp_path):
+    root = labelled(tmp_path, [1, 0])
+    info = CLASSES.replace("  features", "  config_name: tiny\n  features")
+    (root / "README.md").write_text(f"---\n{info}configs:\n- config_name: tiny\n  data_files: '*.parquet'\n---\n")
+    assert open_source(str(root)).splits["train"].features["label"].names == ["cat", "dog"]
+    (root / "README.md").unlink()
+    names = {"features": {"label": {"names": ["emu", "fox"], "_type": "ClassLabel"}}}
+    (root / "dataset_infos.json").write_text(json.dumps({"default": names}))
+    assert open_source(str(root)).splits["train"].features["label"].names == ["emu", "fox"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "csv"])
+@pytest.mark.parametrize(
+    ("labels", "reason"), [([0, 5], "found label 5 in 'label' of"), (["cat", "emu"], "Invalid string class label emu")]
+)
+def test_labels_that_the_readme_does_not_name_are_refused(tmp_path, labels, reason, kind):
+    config = DataConfig(source=str(labelled(tmp_path, labels, kind)), validation_fraction=0.0)
+    with pytest.raises(UserError, match=reason) as caught:
+        load_data(config, ImageFormat(1, 8), 0)
+    assert len(caught.value.problems) == 1
+
+
+def test_other_class_names_than_the_files_own_are_refused(tmp_path):
+    root = labelled(tmp_path, [0, 1])
+    features = datasets.Features(label=datasets.ClassLabel(names=["emu", "fox"]))
+    pq.write_table(
+        datasets.Dataset.from_dict({"label": [0, 1]}, features=features).data.table, root / "train-0.parquet"
+    )
+    assert "found the classes emu, fox in 'label' of" in problem(root)
+    assert "and cat, dog in README.md" in problem(root)
