@@ -6,6 +6,7 @@ import torch
 
 from finetune.config.load import load_config
 from finetune.core.batch import BatchLayout
+from finetune.core.shapes import Shape
 from finetune.data.batches import Batches
 from finetune.data.order import WindowSampler
 from finetune.data.workers import make_loader
@@ -74,7 +75,10 @@ def test_a_run_resumes_with_other_processes_and_another_micro_batch(base, tmp_pa
 class Million:
     """A million images of one pixel, which remembers what was read."""
 
-    channels = resolution = 1
+    channels = 1
+
+    def shape(self, index):
+        return Shape(1, 1)
 
     def __init__(self):
         self.read = []
