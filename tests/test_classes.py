@@ -51,6 +51,7 @@ def test_the_export_knows_the_classes_by_name(finished):
     assert torch.equal(pipeline.unet.class_embedding.weight, averaged["class_embedding.weight"])
 
 
+@pytest.mark.slow
 def test_guidance_without_dropout_of_the_class_is_noted(finished, tmp_path):
     command = ("--config", finished / "config.yaml", f"output_dir={tmp_path / 'run'}", "--check")
     note = "Note: samples are guided, but training.condition_dropout is 0"

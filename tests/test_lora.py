@@ -103,6 +103,7 @@ def test_the_snippet_of_the_card_draws_with_the_adapter(finished):
     assert scope["images"][0].size == (8, 8)
 
 
+@pytest.mark.slow
 def test_another_base_under_the_same_name_is_another_run(finished, tmp_path):
     pictures = shutil.copytree(finished / "pictures", tmp_path / "pictures")
     shutil.copytree(finished / "pictures-lora", tmp_path / "pictures-lora")
@@ -140,6 +141,7 @@ def test_a_checkpoint_with_other_names_is_refused(finished, tmp_path):
         assert "refused: found " in outcome.error
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_something_else_ends_the_run_before_it_is_finished(finished, tmp_path):
     """And nothing that looks finished is left; run again without the fault, it is."""
     config = lora_config(finished / "pictures", tmp_path / "run")

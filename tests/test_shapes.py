@@ -63,6 +63,7 @@ def told_to_stop_in_the_second_update():
     signal_at(signal.SIGTERM, Run, "finish_step", 1, after=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_one(tmp_path):
     pictures, log = write_shapes(tmp_path / "pictures", 27), tmp_path / "log"
     # 24 to train on, in windows of 8: 3 an epoch, 6 in all; stopped in the middle of the first epoch
@@ -76,6 +77,7 @@ def test_a_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_one(tmp_path):
     assert differing(tmp_path / "undisturbed", tmp_path / "stopped", 6) == []
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_another_micro_batch(tmp_path):
     pictures, log = write_shapes(tmp_path / "pictures", 27), tmp_path / "log"
     other = ["training.micro_batch_size=2", "training.gradient_accumulation_steps=4"]
@@ -97,6 +99,7 @@ def test_other_shapes_are_another_run(tmp_path):
     assert "data.shapes: ['8 x 8', '12 x 8', '8 x 12', '16 x 4', '4 x 16'] in the checkpoint" in outcome.stderr
 
 
+@pytest.mark.slow
 def test_one_shape_is_the_run_of_squares_to_the_bit(tmp_path):
     """Pictures that are cropped and flipped at random, a tail of 3, classes: with one bucket and without."""
     pictures, log = write_pictures(tmp_path / "pictures", 19, (10, 8), "classes"), tmp_path / "log"

@@ -111,6 +111,7 @@ def test_the_snippet_of_the_model_card_draws(exported):
     assert scope["images"][0].size == (8, 8)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_export_starts_where_that_one_ended(exported, tmp_path):
     base, kind = exported
     config = text_config(kind, base / "pictures", tmp_path / "run", model={"pretrained": str(base / "run/pipeline")})
@@ -174,6 +175,7 @@ def test_two_processes_encode_draw_and_measure_the_same(finished, tmp_path):
     assert (base / grid).read_bytes() == (tmp_path / grid).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_encoders_are_out_of_memory_while_updates_run(finished, tmp_path):
     base, kind = finished
 
@@ -232,6 +234,7 @@ def test_a_changed_picture_of_the_same_name_is_encoded_anew(finished, tmp_path):
     assert "still to be made: 2 and 0" in found or "still to be made: 1 and 0" in found  # 1 if it is held out
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_is_marked_wrong_is_refused_with_the_line_to_set(finished, tmp_path):
     """The UNet is made one of velocity that knows no more than the latents' mean, which is scaled to be large."""
     from safetensors.torch import load_file, save_file
@@ -264,6 +267,7 @@ def test_a_pipeline_that_is_marked_wrong_is_refused_with_the_line_to_set(finishe
     finish("--config", config, f"{key}={value}", folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_base_is_a_level_line(finished, tmp_path):
     """Also in a run that was stopped before its end."""
     base, kind = finished
@@ -275,6 +279,7 @@ def test_the_loss_of_the_base_is_a_level_line(finished, tmp_path):
     assert [line.get("validation/loss_base") for line in history(tmp_path / "run")][-1] == lines[0]["validation/loss"]
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_leads_guided_samples_elsewhere(finished, tmp_path):
     """The first block of columns is not guided, and stays as it was; the second one changes."""
     base, kind = finished

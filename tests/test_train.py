@@ -158,6 +158,7 @@ def test_training_lowers_the_validation_loss_of_every_objective(pictures, tmp_pa
     assert exported["prediction_type"] == prediction_type
 
 
+@pytest.mark.slow
 def test_two_processes_log_and_validate_like_one(pictures, tmp_path):
     config = tiny_config(
         pictures,
@@ -222,6 +223,7 @@ def test_the_plan_says_where_a_cpu_only_emulates_bf16(pictures, tmp_path, native
     assert f"cpu, 1 process(es) with 1 thread(s) each, bf16 mixed precision{note}\n" in checked.stdout
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_extended_and_says_how(pictures, tmp_path):
     config = tiny_config(pictures, tmp_path / "run", training__num_epochs=1)
     command = ("--config", write_config(tmp_path / "config.yaml", config))

@@ -163,6 +163,7 @@ def test_a_file_where_a_folder_belongs_or_the_reverse(undisturbed, tmp_path, nam
     resumes(undisturbed, output_dir, *command)
 
 
+@pytest.mark.slow
 def test_a_run_starts_only_where_there_is_room_for_its_checkpoints_and_the_pipeline(undisturbed, tmp_path):
     """keep is 2, and the next one: 3 checkpoints, each of weights, two moments and the average; and the pipeline."""
     tensors = load_file(undisturbed / "run/checkpoint-6/model.safetensors")
