@@ -145,6 +145,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
         together(lambda: check_prediction_type(kind, batches, config.seed, accelerator.device))
     if check or measure:
         say(memory_plan(accelerator, kind, layout, config.ema.enabled))
+        check_compiled(accelerator, accelerator.prepare(kind.network), kind, layout.micro_batch_size)
         if measure:
             say(peak_throughput(peak_rates(accelerator.device, accelerator.mixed_precision)))
         return 0

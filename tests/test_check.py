@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from harness.compare import history, valid_checkpoints
 from harness.configs import KINDS, PIPELINES, UNET, of_kind, tiny_config, write_config, write_pictures
-from harness.processes import run
+from harness.processes import launch, run
 
 BLOCKS = st.sampled_from(["", "Attn", "Skip", "AttnSkip", "Resnet", "K"])
 NETWORKS = st.fixed_dictionaries(
@@ -99,3 +99,16 @@ def test_what_passes_the_check_runs_to_its_end(
     assert valid_checkpoints(tmp_path / "run") == [3]
     assert (tmp_path / "run/samples/step-3.png").exists()
     assert (tmp_path / "run/pipeline/model_index.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--check",), ()], ids=["check", "run"])
+def test_a_missing_compiler_is_found_before_the_start(tmp_path, flags):
+    pictures = write_pictures(tmp_path / "pictures", 4)
+    config = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run"))
+    compiled = ["--cpu", "--dynamo_backend", "inductor"]
+    cold = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(tmp_path / "no-compiler")}
+    refused = launch("--config", config, *flags, launcher=compiled, seconds=100, **cold)
+    assert refused.returncode != 0
+    assert "error: launch: --dynamo_backend inductor: the network cannot be compiled (InvalidCxx" in refused.stderr
+    assert not (tmp_path / "run").exists()
