@@ -29,11 +29,9 @@ def processes() -> PartialState:
     Raises:
         UserError: if they cannot connect.
     """
-    if _control:
-        return PartialState()
     try:
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=GRADIENTS_TIMEOUT)
-        if dist.is_initialized():
+        if dist.is_initialized() and not _control:
             # Made with the short timeout, because it is also the connections': only then does it get patient.
             group = dist.new_group(backend="gloo", timeout=GRADIENTS_TIMEOUT)
             dist.distributed_c10d._set_pg_timeout(CONTROL_TIMEOUT, group)
