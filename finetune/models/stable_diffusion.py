@@ -12,6 +12,7 @@ from finetune.core.kind import Arguments, Batch, ImageFormat
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders, bare_pipeline
 from finetune.models.hub import write_pipeline
+from finetune.models.unet import settings_of, without_weights
 
 USAGE = """\
 ```python
@@ -130,9 +131,7 @@ class StableDiffusion:
 
     def without_memory(self) -> UNet2DConditionModel:
         """A copy of the network on the meta device: its shapes, without weights."""
-        settings = {key: value for key, value in self.network.config.items() if key != "_use_default_values"}
-        with torch.device("meta"):
-            return UNet2DConditionModel.from_config(settings)
+        return without_weights(self.network)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters of the UNet that are not frozen, by name."""
@@ -172,8 +171,9 @@ class StableDiffusion:
     def identity(self) -> dict[str, Any]:
         """The configs of the UNet and of the noise scheduler, and hashes of the encoders."""
 
-        def settings(component: Any) -> dict[str, Any]:
-            return {key: value for key, value in component.config.items() if not key.startswith("_")}
-
         encoders = {"vae": self._encoders.image_key, "text_encoders": self._encoders.text_key}
-        return {"unet": settings(self.network), "noise_scheduler": settings(self.noise_scheduler), "encoders": encoders}
+        return {
+            "unet": settings_of(self.network),
+            "noise_scheduler": settings_of(self.noise_scheduler),
+            "encoders": encoders,
+        }
