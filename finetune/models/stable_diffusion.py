@@ -44,7 +44,12 @@ class StableDiffusion:
         resolution: int,
     ):
         self.folder, self.network, self.noise_scheduler, self.made_for = folder, network, noise_scheduler, made_for
-        self._encoders, self._vae, self.class_names = encoders, folder.config("vae"), list[str]()
+        self._encoders, self.class_names = encoders, list[str]()
+        vae = folder.config("vae")
+        self._scale = float(vae.get("scaling_factor", 0.18215))
+        # Of a channel, where the VAE names them.
+        named = vae.get("latents_mean"), vae.get("latents_std")
+        self._statistics = None if None in named else [torch.tensor(values).view(1, -1, 1, 1) for values in named]
         self.image_format = ImageFormat(encoders.channels, resolution)
         self.prompts: Mapping[str, Mapping[str, torch.Tensor]] = {}
         # What stands for no caption: SDXL's pipelines take zeros unless they say otherwise, the others the empty text.
@@ -87,23 +92,19 @@ class StableDiffusion:
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the UNet sees them; the inverse of what the pipeline's VAE decodes."""
-        mean, std, scale = self._scaling(latents)
-        return (latents - mean) / std * scale
-
-    def _scaling(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Mean and standard deviation of a channel, where the VAE names them, and the factor."""
-        vae, size = self._vae, latents.shape[1]
-        mean, std = vae.get("latents_mean"), vae.get("latents_std")
-        if mean is None or std is None:
-            mean, std = [0.0] * size, [1.0] * size
-        shaped = [latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std)]
-        return shaped[0], shaped[1], float(vae.get("scaling_factor", 0.18215))
+        if self._statistics is None:
+            return latents * self._scale
+        mean, std = (values.to(latents) for values in self._statistics)
+        return (latents - mean) / std * self._scale
 
     @torch.no_grad()
     def images(self, clean: torch.Tensor) -> torch.Tensor:
         """What the VAE decodes, one at a time: (b, C, H, W), about [-1, 1]. Loads the VAE, and frees it again."""
-        mean, std, scale = self._scaling(clean)
-        images = self._encoders.decode(clean / scale * std + mean, clean.device)
+        latents = clean / self._scale
+        if self._statistics is not None:
+            mean, std = (values.to(clean) for values in self._statistics)
+            latents = latents * std + mean
+        images = self._encoders.decode(latents, clean.device)
         self._encoders.free()
         return images
 
