@@ -50,7 +50,7 @@ from finetune.evaluation.sampling import check_sampling, sampled_names, sampled_
 from finetune.evaluation.validation import Validation
 from finetune.models.classes import with_classes
 from finetune.models.ema import make_ema
-from finetune.models.load import load_kind, outline_network
+from finetune.models.load import outline_kind
 from finetune.run.recovery import check_finite, explain_failure
 from finetune.run.start import find_start, start_run
 from finetune.run.summary import layout_dependence, peak_throughput, plan, shapes_note, unguided
@@ -85,9 +85,9 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     use_available_cores(accelerator)
 
     # Model, images, and the moving average of the weights. What the model takes is printed before it is loaded.
-    outline = main_process_first(lambda: outline_network(config.model, config.data.resolution))
-    say(together(lambda: state_plan(accelerator, outline, layout.num_processes, config.ema.enabled)))
-    kind = main_process_first(lambda: load_kind(config.model, config.data.resolution, config.seed))
+    outline = main_process_first(lambda: outline_kind(config.model, config.data.resolution))
+    say(together(lambda: state_plan(accelerator, outline.network, layout.num_processes, config.ema.enabled)))
+    kind = main_process_first(lambda: outline.load(config.seed))
     buckets = config.data.buckets
     shapes = on_main_process(lambda: run_shapes(buckets, kind.image_format.resolution, kind.divisor))
     together(lambda: kind.train_shapes(shapes))

@@ -9,7 +9,7 @@ from finetune.config.schema import Config
 from finetune.core.randomness import noise, timestep
 from finetune.data.loading import load_data
 from finetune.data.order import epoch_order
-from finetune.models.unconditional import load_unconditional
+from finetune.models.load import load_kind
 from harness.compare import history, relative_difference, weights
 from harness.configs import tiny_config, write_config, write_pictures
 from harness.faults import skip_the_export
@@ -33,7 +33,7 @@ def plain_training(config, micro_batch_size=None):
     Usually the loss is divided by the accumulation steps, which is wrong for a last window that has fewer images; here
     it is by the images of the window.
     """
-    kind = load_unconditional(config.model, None, config.seed)
+    kind = load_kind(config.model, None, config.seed)
     unet, noise_scheduler = kind.network, kind.noise_scheduler
     pictures, _ = load_data(config.data, kind.image_format, config.seed)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.optimizer.learning_rate)

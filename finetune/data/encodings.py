@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from finetune.core.distributed import on_main_process, together
+from finetune.core.distributed import all_agree, on_main_process, together
 from finetune.core.errors import UserError
 from finetune.core.kind import Encoders
 from finetune.data.pixels import Images
@@ -85,6 +85,8 @@ class Encodings:
         Raises:
             UserError: on all processes, if there is no room or an encoder's output is not finite.
         """
+        if all_agree(not self.missing_images and not self.missing_texts):
+            return
         on_main_process(self._require_room)
         device = accelerator.device
 

@@ -28,9 +28,8 @@ class Features:
         try:
             self.processor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
             self.model = AutoModel.from_pretrained(name).eval()
-            self.channels: int = getattr(
-                getattr(self.model.config, "vision_config", self.model.config), "num_channels", 3
-            )
+            vision = getattr(self.model.config, "vision_config", self.model.config)
+            self.channels: int = getattr(vision, "num_channels", 3)
             self.width = self.of(np.zeros((1, 32, 32, 3), np.uint8)).shape[1]
         except Exception as error:  # transformers, the hub's client and safetensors each raise their own
             raise UserError(

@@ -35,7 +35,6 @@ NETWORKS: dict[str, type[Any]] = {
     "text_encoder_2": CLIPTextModelWithProjection,
     "safety_checker": StableDiffusionSafetyChecker,
 }
-TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
 OPTIONAL = {"safety_checker", "feature_extractor", "image_encoder"}
 
 
@@ -65,8 +64,8 @@ class Folder:
             self._require(part, NETWORKS[part].__name__)
         for part in self.tokenizers:
             self._require(part, "CLIPTokenizer", "CLIPTokenizerFast")
+        known = {"unet", "vae", "scheduler", *self.text_encoders, *self.tokenizers, *OPTIONAL}
         for part, value in index.items():
-            known = {"unet", "vae", "scheduler", *self.text_encoders, *self.tokenizers, *OPTIONAL}
             if not part.startswith("_") and isinstance(value, list) and part not in known:
                 raise UserError(
                     f"model.pretrained: {name}: found a component {part!r} in model_index.json; expected those of a "
@@ -131,7 +130,7 @@ class Folder:
                 "merges.txt"
             )
         try:
-            tokenizer = TOKENIZERS[part].from_pretrained(folder, local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise UserError(
                 f"model.pretrained: {folder}: the tokenizer cannot be loaded ({first_line(error)}); expected "

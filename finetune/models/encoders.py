@@ -70,7 +70,7 @@ class PipelineEncoders:
             parts = {part: self.folder.load(part) for part in self.folder.text_encoders}
             parts |= dict(zip(self.folder.tokenizers, self.tokenizers, strict=True))
             self._prompter = bare_pipeline(self.folder, **parts).to(device)
-        with _in_float32(device), _without_truncation_warnings():
+        with _in_float32(device), without_warnings():
             embeddings = self._prompter.encode_prompt(
                 [*texts], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
@@ -80,7 +80,7 @@ class PipelineEncoders:
     def truncated(self, texts: Sequence[str]) -> list[str]:
         """Those of the texts that have more tokens than a text encoder reads."""
         most = [tokenizer.model_max_length for tokenizer in self.tokenizers]
-        with _without_truncation_warnings():
+        with without_warnings():
             lengths = [[*map(len, tokenizer([*texts]).input_ids)] for tokenizer in self.tokenizers] if texts else []
         longest = [[length > limit for length in column] for column, limit in zip(lengths, most, strict=False)]
         return [text for text, *over in zip(texts, *longest, strict=True) if any(over)] if texts else []
@@ -110,8 +110,8 @@ def _in_float32(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _without_truncation_warnings() -> Iterator[None]:
-    """Long captions are counted and shown once, instead of a warning each."""
+def without_warnings() -> Iterator[None]:
+    """diffusers and transformers print their errors only: what they warn of here is expected, or is in the plan."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

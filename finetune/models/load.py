@@ -4,45 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import ModelMixin, UNet2DConditionModel
-
 from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError
 from finetune.core.kind import Kind
-from finetune.models.components import PIPELINES, Folder
+from finetune.models.components import PIPELINES
 from finetune.models.hub import pipeline_folder
-from finetune.models.lora import DTYPES, outline_adapters
-from finetune.models.text_to_image import load_stable_diffusion
-from finetune.models.unconditional import load_unconditional, outline_unconditional
-from finetune.models.unet import outline
+from finetune.models.text_to_image import StableDiffusionOutline
+from finetune.models.unconditional import UnconditionalOutline
 
 
-def outline_network(config: ModelConfig, resolution: int | None) -> ModelMixin:
-    """The network that `load_kind` loads, on the meta device: its shapes, without memory for weights.
-
-    Args:
-        resolution: pixels a side to train at; None: what the model was made for.
-
-    Raises:
-        UserError: if there is no such network.
-    """
-    if config.pretrained is not None:
-        path = pipeline_folder(config.pretrained)
-        index = _index(path)
-        if str(index.get("_class_name")) in PIPELINES:
-            folder = Folder(path, config.pretrained, index)
-            where = f"model.pretrained: {path / 'unet/config.json'}"
-            network = outline(UNet2DConditionModel, folder.config("unet"), where)
-            if config.lora is not None:
-                torch.nn.Module.to(network, DTYPES[config.lora.base_dtype])  # diffusers' own `to` warns
-                outline_adapters(network, config.lora)
-            return network
-    return outline_unconditional(config, resolution).network
-
-
-def load_kind(config: ModelConfig, resolution: int | None, seed: int) -> Kind:
-    """Load a pretrained model, or build one with initial weights that the seed decides.
+def outline_kind(config: ModelConfig, resolution: int | None) -> UnconditionalOutline | StableDiffusionOutline:
+    """A model without memory for its weights: what it takes can be told before `load(seed)` allocates it.
 
     Args:
         resolution: pixels a side to train at; None: what the model was made for.
@@ -50,17 +22,20 @@ def load_kind(config: ModelConfig, resolution: int | None, seed: int) -> Kind:
     Raises:
         UserError: one line that names the key, what was found and what was expected.
     """
-    if config.pretrained is not None:
-        path = pipeline_folder(config.pretrained)
-        index = _index(path)
-        if str(index.get("_class_name")) in PIPELINES:
-            return load_stable_diffusion(config, path, index, resolution, seed)
+    folder = None if config.pretrained is None else pipeline_folder(config.pretrained)
+    if folder is not None and str((index := _index(folder)).get("_class_name")) in PIPELINES:
+        return StableDiffusionOutline(config, folder, index, resolution)
     if config.lora is not None:
         raise UserError(
             f"model.lora: found it with {config.pretrained}, a model of pixels; expected a StableDiffusionPipeline "
             "or a StableDiffusionXLPipeline"
         )
-    return load_unconditional(config, resolution, seed)
+    return UnconditionalOutline(config, folder, resolution)
+
+
+def load_kind(config: ModelConfig, resolution: int | None, seed: int) -> Kind:
+    """A model with its weights; what it raises are errors of `outline_kind` and of its `load`."""
+    return outline_kind(config, resolution).load(seed)
 
 
 def _index(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from finetune.core.kind import Arguments
 from finetune.core.randomness import key
 from finetune.models import lora_files
 from finetune.models.stable_diffusion import StableDiffusion
+from finetune.models.unet import fewest_pixels
 
 GROUPS = {  # endings of modules' names, by what a config may call them
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -50,14 +51,16 @@ class LoRA(StableDiffusion):
         """
         super().__init__(*parts)
         self.options = options
-        add_adapters(self.network, options, seed)
+        add_adapters(self.network, options)
+        draw_adapters(self.network, seed)
         if self.network.conv_in.weight.dtype != torch.get_default_dtype():
             compute_in_own_dtype(self.network)
 
     def without_memory(self) -> UNet2DConditionModel:
         """A copy of the network on the meta device, adapters included: its shapes, without weights."""
         shapes = super().without_memory()
-        outline_adapters(shapes, self.options)
+        with torch.device("meta"):
+            add_adapters(shapes, self.options)
         return shapes
 
     def save(self, folder: Path) -> None:
@@ -73,7 +76,7 @@ class LoRA(StableDiffusion):
         """Inputs on which two networks are compared, of the fewest latents that the UNet can halve."""
         prompts: list[str | None] = [*[text for text in self.prompts if text][:1]] or [None]
         clean, _ = self.inputs(self.example(1))
-        side = min(clean.shape[-1], 2 ** len(self.network.config.block_out_channels))
+        side = fewest_pixels(self.network, clean.shape[-1])
         generator = torch.Generator().manual_seed(0)
         noisy = torch.randn(1, clean.shape[1], side, side, generator=generator)
         return noisy, self.conditions(prompts, torch.device("cpu"))
@@ -126,33 +129,30 @@ def _ends_with(name: str, endings: tuple[str, ...]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
-def add_adapters(network: UNet2DConditionModel, options: LoRAConfig, seed: int) -> None:
-    """Freeze a network and add adapters in torch's default dtype, whatever the network's own.
+def add_adapters(network: UNet2DConditionModel, options: LoRAConfig) -> None:
+    """Freeze a network and add adapters in torch's default dtype, whatever the network's own; not drawn yet.
 
     Raises:
         UserError: if a target matches no module, or one that cannot have an adapter.
     """
     network.requires_grad_(False)
     config = peft_config(network, options)
-    with torch.random.fork_rng(devices=[]):  # peft draws weights that are overwritten below
+    with torch.random.fork_rng(devices=[]):  # peft draws weights that are overwritten
         try:
             network.add_adapter(config)
         except ValueError as error:  # a module of another class than linear or convolution
             raise UserError(f"model.lora.target_modules: {first_line(error)}") from error
     for name, weight in network.named_parameters():
         if "lora_" in name:
-            weight.data = initial_weight(seed, name, weight.shape)
+            weight.data = weight.data.to(torch.get_default_dtype())
             weight.requires_grad_(True)
 
 
-def outline_adapters(shapes: UNet2DConditionModel, options: LoRAConfig) -> None:
-    """Freeze a network on the meta device and add adapters in torch's default dtype, whatever the network's own."""
-    with torch.device("meta"):
-        shapes.add_adapter(peft_config(shapes, options))
-    for name, weight in shapes.named_parameters():
-        weight.requires_grad_("lora_" in name)
-        if weight.requires_grad:
-            weight.data = weight.data.to(torch.get_default_dtype())
+def draw_adapters(network: UNet2DConditionModel, seed: int) -> None:
+    """Give each adapter the initial weights that the seed and its name decide."""
+    for name, weight in network.named_parameters():
+        if "lora_" in name:
+            weight.data = initial_weight(seed, name, weight.shape)
 
 
 def initial_weight(seed: int, name: str, shape: torch.Size) -> torch.Tensor:

@@ -1,8 +1,5 @@
 """An adapter's files: for diffusers, and for programs that read kohya's format. Each is loaded again to verify it."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +12,7 @@ from safetensors.torch import save_file
 from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Arguments
 from finetune.models.components import Folder
-from finetune.models.encoders import bare_pipeline
+from finetune.models.encoders import bare_pipeline, without_warnings
 
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 
@@ -80,7 +77,7 @@ def _loaded_output(
     """The output of the base with the adapter of one file, which is removed again."""
     pipeline = bare_pipeline(base, unet=fresh)
     try:
-        with _without_warnings():
+        with without_warnings():  # that the text encoders have no adapters
             pipeline.load_lora_weights(folder, weight_name=name, adapter_name="loaded", local_files_only=True)
     except Exception as error:  # diffusers, peft and safetensors each raise their own
         raise UserError(f"{folder / name}: cannot be loaded again ({first_line(error)})", exit_code=1) from error
@@ -104,15 +101,3 @@ def _output(
         output = type(network).forward(network, **inputs).sample
     network.train(was_training)
     return output.cpu()
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """diffusers warns that the text encoders have no adapters, which they never have here."""
-    logger = logging.getLogger("diffusers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

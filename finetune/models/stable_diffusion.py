@@ -14,6 +14,7 @@ from finetune.core.shapes import Shape
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders, bare_pipeline
 from finetune.models.hub import write_pipeline
+from finetune.models.unet import settings_of, without_weights
 
 USAGE = """\
 ```python
@@ -45,7 +46,12 @@ class StableDiffusion:
         resolution: int,
     ):
         self.folder, self.network, self.noise_scheduler, self.made_for = folder, network, noise_scheduler, made_for
-        self._encoders, self._vae, self.class_names = encoders, folder.config("vae"), list[str]()
+        self._encoders, self.class_names = encoders, list[str]()
+        vae = folder.config("vae")
+        self._scale = float(vae.get("scaling_factor", 0.18215))
+        # Of a channel, where the VAE names them.
+        named = vae.get("latents_mean"), vae.get("latents_std")
+        self._statistics = None if None in named else [torch.tensor(values).view(1, -1, 1, 1) for values in named]
         self.image_format = ImageFormat(encoders.channels, resolution)
         self.divisor = encoders.factor * 2 ** (len(network.config.block_out_channels) - 1)
         self.shapes = [Shape(resolution, resolution)]
@@ -98,23 +104,19 @@ class StableDiffusion:
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the UNet sees them; the inverse of what the pipeline's VAE decodes."""
-        mean, std, scale = self._scaling(latents)
-        return (latents - mean) / std * scale
-
-    def _scaling(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Mean and standard deviation of a channel, where the VAE names them, and the factor."""
-        vae, size = self._vae, latents.shape[1]
-        mean, std = vae.get("latents_mean"), vae.get("latents_std")
-        if mean is None or std is None:
-            mean, std = [0.0] * size, [1.0] * size
-        shaped = [latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std)]
-        return shaped[0], shaped[1], float(vae.get("scaling_factor", 0.18215))
+        if self._statistics is None:
+            return latents * self._scale
+        mean, std = (values.to(latents) for values in self._statistics)
+        return (latents - mean) / std * self._scale
 
     @torch.no_grad()
     def images(self, clean: torch.Tensor) -> torch.Tensor:
         """What the VAE decodes, one at a time: (b, C, H, W), about [-1, 1]. Loads the VAE, and frees it again."""
-        mean, std, scale = self._scaling(clean)
-        images = self._encoders.decode(clean / scale * std + mean, clean.device)
+        latents = clean / self._scale
+        if self._statistics is not None:
+            mean, std = (values.to(clean) for values in self._statistics)
+            latents = latents * std + mean
+        images = self._encoders.decode(latents, clean.device)
         self._encoders.free()
         return images
 
@@ -142,9 +144,7 @@ class StableDiffusion:
 
     def without_memory(self) -> UNet2DConditionModel:
         """A copy of the network on the meta device: its shapes, without weights."""
-        settings = {key: value for key, value in self.network.config.items() if key != "_use_default_values"}
-        with torch.device("meta"):
-            return UNet2DConditionModel.from_config(settings)
+        return without_weights(self.network)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters of the UNet that are not frozen, by name."""
@@ -184,8 +184,9 @@ class StableDiffusion:
     def identity(self) -> dict[str, Any]:
         """The configs of the UNet and of the noise scheduler, and hashes of the encoders."""
 
-        def settings(component: Any) -> dict[str, Any]:
-            return {key: value for key, value in component.config.items() if not key.startswith("_")}
-
         encoders = {"vae": self._encoders.image_key, "text_encoders": self._encoders.text_key}
-        return {"unet": settings(self.network), "noise_scheduler": settings(self.noise_scheduler), "encoders": encoders}
+        return {
+            "unet": settings_of(self.network),
+            "noise_scheduler": settings_of(self.noise_scheduler),
+            "encoders": encoders,
+        }

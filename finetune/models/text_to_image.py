@@ -11,56 +11,73 @@ from finetune.core.errors import UserError
 from finetune.models.checks import check_finite, check_forward
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders
-from finetune.models.lora import DTYPES, LoRA
+from finetune.models.lora import DTYPES, LoRA, add_adapters
 from finetune.models.noise_schedulers import build_noise_scheduler, check_scheduler
 from finetune.models.stable_diffusion import StableDiffusion
-from finetune.models.unet import own_resolution
+from finetune.models.unet import fewest_pixels, outline, own_resolution
 
 
-def load_stable_diffusion(
-    config: ModelConfig, path: Path, index: dict[str, Any], resolution: int | None, seed: int
-) -> StableDiffusion:
-    """Load the UNet of a pipeline, and what is known of its encoders; with `config.lora` the seed draws adapters.
+class StableDiffusionOutline:
+    """A model as its pipeline's configs describe it: its shapes, on the meta device, without memory for weights.
 
-    Args:
-        path: the pipeline's folder.
-        index: its model_index.json.
-        resolution: pixels a side to train at; None: what the model was made for.
-
-    Raises:
-        UserError: one line that names the key, what was found and what was expected.
+    Attributes:
+        network: of these shapes, with the adapters that `config.lora` asks for; the weights that are trained require
+            gradients.
     """
-    name = str(config.pretrained)
-    if config.class_conditional:
-        raise UserError(
-            f"model.class_conditional: found true with {name}, a {index['_class_name']}, which is told captions; "
-            "expected false"
-        )
-    folder = Folder(path, name, index)
-    settings = folder.config("scheduler", "scheduler_config.json")
-    library, scheduler, *_ = map(str, [*(index.get("scheduler") or ()), "", ""])
-    check_scheduler(name, library, scheduler, settings)
-    # Latents are not bounded; DDPM's default is to clip, where a scheduler of another class says nothing of it.
-    noise_scheduler = build_noise_scheduler(settings | {"clip_sample": False}, config.noise_scheduler)
-    vae = folder.config("vae")
-    lora = config.lora
-    half = lora is not None and lora.base_dtype != "float32"
-    network = folder.load("unet", DTYPES[lora.base_dtype] if lora and half else torch.get_default_dtype())
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    side = own_resolution(network.config.sample_size)
-    made_for = side and side * factor
-    resolution = _checked_resolution(resolution or made_for, factor, network)
-    network.register_to_config(sample_size=resolution // factor)
-    encoders = PipelineEncoders(folder, resolution)
-    encoders.check()
-    _check_unet(network, encoders, folder)
-    network.requires_grad_(True).train()  # of LoRA, the adapters alone
-    if config.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    parts = folder, network, noise_scheduler, encoders, made_for, resolution
-    kind = StableDiffusion(*parts) if lora is None else LoRA(lora, seed, *parts)
-    _check_network(kind)
-    return kind
+
+    def __init__(self, config: ModelConfig, path: Path, index: dict[str, Any], resolution: int | None):
+        """
+        Args:
+            path: the pipeline's folder.
+            index: its model_index.json.
+            resolution: pixels a side to train at; None: what the model was made for.
+
+        Raises:
+            UserError: one line that names the key, what was found and what was expected.
+        """
+        name = str(config.pretrained)
+        if config.class_conditional:
+            raise UserError(
+                f"model.class_conditional: found true with {name}, a {index['_class_name']}, which is told captions; "
+                "expected false"
+            )
+        self.config, self.folder = config, Folder(path, name, index)
+        settings = self.folder.config("scheduler", "scheduler_config.json")
+        library, scheduler, *_ = map(str, [*(index.get("scheduler") or ()), "", ""])
+        check_scheduler(name, library, scheduler, settings)
+        # Latents are not bounded; DDPM's default is to clip, where a scheduler of another class says nothing of it.
+        self.noise_scheduler = build_noise_scheduler(settings | {"clip_sample": False}, config.noise_scheduler)
+        where = f"model.pretrained: {path / 'unet/config.json'}"
+        self.network = outline(UNet2DConditionModel, self.folder.config("unet"), where)
+        self.factor = 2 ** (len(self.folder.config("vae")["block_out_channels"]) - 1)
+        side = own_resolution(self.network.config.sample_size)
+        self.made_for = side and side * self.factor
+        self.resolution = _checked_resolution(resolution or self.made_for, self.factor, self.network)
+        self.dtype = DTYPES[config.lora.base_dtype] if config.lora else torch.float32
+        if config.lora is not None:
+            torch.nn.Module.to(self.network, self.dtype)  # diffusers' own `to` warns
+            with torch.device("meta"):
+                add_adapters(self.network, config.lora)
+
+    def load(self, seed: int) -> StableDiffusion:
+        """The UNet with its weights, and what is known of its encoders; the seed draws adapters.
+
+        Raises:
+            UserError: if they cannot be loaded safely, do not fit each other, or predict what is not finite.
+        """
+        half = self.dtype != torch.float32
+        network = self.folder.load("unet", self.dtype if half else torch.get_default_dtype())
+        network.register_to_config(sample_size=self.resolution // self.factor)
+        encoders = PipelineEncoders(self.folder, self.resolution)
+        encoders.check()
+        _check_unet(network, encoders, self.folder)
+        network.requires_grad_(True).train()  # of LoRA, the adapters alone
+        if self.config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        parts = self.folder, network, self.noise_scheduler, encoders, self.made_for, self.resolution
+        kind = StableDiffusion(*parts) if self.config.lora is None else LoRA(self.config.lora, seed, *parts)
+        _check_network(kind)
+        return kind
 
 
 def _checked_resolution(resolution: int | None, factor: int, network: UNet2DConditionModel) -> int:
@@ -72,8 +89,7 @@ def _checked_resolution(resolution: int | None, factor: int, network: UNet2DCond
         nearest = max(round(resolution / multiple), 1) * multiple
         raise UserError(
             f"data.resolution: found {resolution}; expected a multiple of {multiple}, since the VAE makes one latent "
-            f"of {factor} pixels a side, and the UNet halves latents {halvings} times "
-            f"(nearest: {nearest})"
+            f"of {factor} pixels a side, and the UNet halves latents {halvings} times (nearest: {nearest})"
         )
     return resolution
 
@@ -111,5 +127,5 @@ def _check_network(kind: StableDiffusion) -> None:
         clean, conditions = kind.inputs({name: tensor.to("meta") for name, tensor in kind.example(1).items()})
     check_forward(kind.without_memory(), clean, conditions, problem)
     clean, conditions = kind.inputs(kind.example(2))
-    side = min(clean.shape[-1], 2 ** len(kind.network.config.block_out_channels))
+    side = fewest_pixels(kind.network, clean.shape[-1])
     check_finite(kind.network, kind.noise_scheduler, clean[:, :, :side, :side], conditions)

@@ -16,11 +16,14 @@ from finetune.models.noise_schedulers import build_noise_scheduler
 from finetune.models.unet import (
     build_unet,
     check_unet,
+    fewest_pixels,
     load_unet,
     outline,
     own_resolution,
     read_pretrained,
+    settings_of,
     training_resolution,
+    without_weights,
 )
 
 USAGE = """\
@@ -93,10 +96,7 @@ class Unconditional:
 
     def without_memory(self) -> UNet2DModel:
         """A copy of the network on the meta device: its shapes, without weights."""
-        # diffusers lists settings that were left at their defaults, and ignores what was registered for them later.
-        settings = {key: value for key, value in self.network.config.items() if key != "_use_default_values"}
-        with torch.device("meta"):
-            return UNet2DModel.from_config(settings)
+        return without_weights(self.network)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """All parameters, by name."""
@@ -116,60 +116,61 @@ class Unconditional:
 
     def identity(self) -> dict[str, Any]:
         """The configs of the network and of the noise scheduler."""
-
-        def settings(component: UNet2DModel | DDPMScheduler) -> dict[str, Any]:
-            return {key: value for key, value in component.config.items() if not key.startswith("_")}
-
-        return {"unet": settings(self.network), "noise_scheduler": settings(self.noise_scheduler)}
+        return {"unet": settings_of(self.network), "noise_scheduler": settings_of(self.noise_scheduler)}
 
 
-def outline_unconditional(config: ModelConfig, resolution: int | None) -> Unconditional:
-    """The model that `load_unconditional` loads, on the meta device: its shapes, without memory for weights.
+class UnconditionalOutline:
+    """A model as its config describes it: its shapes, on the meta device, without memory for weights.
 
-    Args:
-        resolution: pixels a side to train at; None: what the model was made for.
-
-    Raises:
-        UserError: one line that names the key, what was found and what was expected.
+    Attributes:
+        network: of these shapes.
     """
-    if config.pretrained is not None:
-        pretrained = read_pretrained(config.pretrained)
-        unet = outline(UNet2DModel, pretrained.config, f"model.pretrained: {pretrained.folder / 'config.json'}")
-    else:
-        pretrained = None
-        check_keys("model.unet", config.unet or {}, UNet2DModel)
-        unet = outline(UNet2DModel, config.unet or {}, "model.unet")
-    noise_scheduler = build_noise_scheduler(pretrained.scheduler_config if pretrained else {}, config.noise_scheduler)
-    check_unet(unet, noise_scheduler, config)
-    made_for = own_resolution(unet.config.sample_size)
-    unet.register_to_config(sample_size=training_resolution(unet, resolution))
-    kind = Unconditional(unet, noise_scheduler, made_for, pretrained.class_names if pretrained else None)
-    _check_shape(kind, kind.shapes[0])
-    return kind
 
+    def __init__(self, config: ModelConfig, folder: Path | None, resolution: int | None):
+        """
+        Args:
+            folder: of the pretrained pipeline, if the config names one.
+            resolution: pixels a side to train at; None: what the model was made for.
 
-def load_unconditional(config: ModelConfig, resolution: int | None, seed: int) -> Unconditional:
-    """Load a pretrained model, or build one from a config with initial weights that the seed decides.
+        Raises:
+            UserError: one line that names the key, what was found and what was expected.
+        """
+        self.config, self.pretrained = config, None
+        if folder is not None:
+            self.pretrained = read_pretrained(str(config.pretrained), folder)
+            where = f"model.pretrained: {self.pretrained.folder / 'config.json'}"
+            unet = outline(UNet2DModel, self.pretrained.config, where)
+        else:
+            check_keys("model.unet", config.unet or {}, UNet2DModel)
+            unet = outline(UNet2DModel, config.unet or {}, "model.unet")
+        scheduler_config = self.pretrained.scheduler_config if self.pretrained else {}
+        self.noise_scheduler = build_noise_scheduler(scheduler_config, config.noise_scheduler)
+        check_unet(unet, self.noise_scheduler, config)
+        self.made_for = own_resolution(unet.config.sample_size)
+        unet.register_to_config(sample_size=training_resolution(unet, resolution))
+        self.network = unet
+        kind = self._kind(unet)
+        _check_shape(kind, kind.shapes[0])
 
-    Args:
-        resolution: pixels a side to train at; None: what the model was made for.
+    def _kind(self, network: UNet2DModel) -> Unconditional:
+        class_names = self.pretrained.class_names if self.pretrained else None
+        return Unconditional(network, self.noise_scheduler, self.made_for, class_names)
 
-    Raises:
-        UserError: one line that names the key, what was found and what was expected.
-    """
-    kind = outline_unconditional(config, resolution)
-    if config.pretrained is not None:
-        unet = load_unet(read_pretrained(config.pretrained).folder)
-    else:
-        unet = build_unet(config.unet or {}, seed)
-    unet.register_to_config(sample_size=kind.image_format.resolution)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    kind.network = unet.train()
-    side = min(kind.image_format.resolution, 2 ** len(unet.config.block_out_channels))  # leaves 2 at the lowest level
-    clean = torch.zeros(2, kind.image_format.channels, side, side)
-    check_finite(unet, kind.noise_scheduler, clean, _unnamed_classes(unet, 2))
-    return kind
+    def load(self, seed: int) -> Unconditional:
+        """The model with its pretrained weights, or with initial ones that the seed decides.
+
+        Raises:
+            UserError: if they cannot be loaded safely, or what the network predicts is not finite.
+        """
+        unet = load_unet(self.pretrained.folder) if self.pretrained else build_unet(self.config.unet or {}, seed)
+        unet.register_to_config(sample_size=self.network.config.sample_size)
+        if self.config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        kind = self._kind(unet.train())
+        side = fewest_pixels(unet, kind.image_format.resolution)
+        clean = torch.zeros(2, kind.image_format.channels, side, side)
+        check_finite(unet, self.noise_scheduler, clean, _unnamed_classes(unet, 2))
+        return kind
 
 
 def _check_shape(kind: Unconditional, shape: Shape) -> None:

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError, first_line
-from finetune.models.hub import pipeline_folder, read_json, variant
+from finetune.models.hub import read_json, variant
 from finetune.models.noise_schedulers import check_scheduler
 
 
@@ -26,13 +26,12 @@ class Pretrained(NamedTuple):
     class_names: list[str] | None
 
 
-def read_pretrained(name: str) -> Pretrained:
-    """Find a UNet2DModel in the folder or hub id of a pipeline.
+def read_pretrained(name: str, folder: Path) -> Pretrained:
+    """Find a UNet2DModel in the folder of a pipeline, which the config calls `name`.
 
     Raises:
         UserError: if it is no pipeline of such a network.
     """
-    folder = pipeline_folder(name)
     index = read_json(folder / "model_index.json", name, "a folder of a DDPM pipeline, as diffusers saves it")
     components = {part: value for part, value in index.items() if not part.startswith("_") and part != "id2label"}
     if components.get("unet") != ["diffusers", "UNet2DModel"] or set(components) != {"unet", "scheduler"}:
@@ -112,6 +111,24 @@ def outline(model_class: type[Any], config: dict[str, Any], where: str) -> Any:
             return model_class.from_config(config)
     except Exception as error:  # whatever a wrong value leads to
         raise UserError(f"{where}: {model_class.__name__} cannot be built from it: {first_line(error)}") from error
+
+
+def without_weights(network: ModelMixin) -> Any:
+    """A copy of a network on the meta device: its shapes, without memory for weights."""
+    # diffusers lists settings that were left at their defaults, and ignores what was registered for them later.
+    settings = {key: value for key, value in network.config.items() if key != "_use_default_values"}
+    with torch.device("meta"):
+        return type(network).from_config(settings)
+
+
+def settings_of(component: Any) -> dict[str, Any]:
+    """The config of a network or scheduler of diffusers, without what diffusers notes of its origin."""
+    return {key: value for key, value in component.config.items() if not key.startswith("_")}
+
+
+def fewest_pixels(network: ModelMixin, side: int) -> int:
+    """Pixels a side that leave two at the network's lowest level: enough to try it; `side` if that is fewer."""
+    return int(min(side, 2 ** len(network.config.block_out_channels)))
 
 
 def check_unet(unet: UNet2DModel, noise_scheduler: DDPMScheduler, model: ModelConfig) -> None:

@@ -21,7 +21,7 @@ from finetune.core.batch import BatchLayout
 from finetune.data.batches import Batches
 from finetune.data.loading import load_data
 from finetune.data.order import WindowSampler
-from finetune.models.unconditional import load_unconditional
+from finetune.models.load import load_kind
 from finetune.run.summary import curve
 from finetune.training.metrics import Meters
 from finetune.training.objective import loss_per_image
@@ -40,7 +40,7 @@ OVERRIDES = [f"model.pretrained={ROOT / 'configs/digits-base'}"]
 def losses_at_fixed_weights(batch: int, sampling: str, windows: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(losses, timesteps) of full windows, one epoch after the other, through the base."""
     config = load_config(DIGITS, OVERRIDES)
-    kind = load_unconditional(config.model, None, config.seed)
+    kind = load_kind(config.model, None, config.seed)
     noise_scheduler = kind.noise_scheduler
     train_images, _ = load_data(config.data, kind.image_format, config.seed)
     steps = noise_scheduler.config.num_train_timesteps

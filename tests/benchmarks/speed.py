@@ -19,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from table import head, row
 
 from finetune.config.load import load_config
-from finetune.models.unconditional import load_unconditional
+from finetune.models.load import load_kind
 from finetune.training.compute import has_bf16
 from harness.compare import history
 from harness.configs import write_config
@@ -35,7 +35,7 @@ def overhead(unet: dict, updates: int) -> None:
     row(f"{named(bare.unet)}, 16 images", milliseconds(pairs), ratio(pairs), "1.03")
     digits = [f"model.pretrained={ROOT / 'configs/digits-base'}", f"output_dir={FOLDER.name}/digits"]
     config = load_config(ROOT / "configs/digits.yaml", [*digits, "data.validation_fraction=0", "samples.count=0"])
-    bare = BareLoop(load_unconditional(config.model, None, 0).network, 16, 4)
+    bare = BareLoop(load_kind(config.model, None, 0).network, 16, 4)
     pairs = beside_the_trainer(config, bare.update, updates)
     row("configs/digits.yaml, 4 x 16 images", milliseconds(pairs), ratio(pairs), "1.10")
     config = run_config("classes", unet, 64, "classes", training__num_epochs=1000, data__num_workers=1, **micro)

@@ -11,14 +11,14 @@ from finetune.core.errors import UserError
 from finetune.core.randomness import noise
 from finetune.core.stopping import Interrupted, StopCheck
 from finetune.evaluation.sampling import check_sampling, sample
-from finetune.models.unconditional import load_unconditional
+from finetune.models.load import load_kind
 from harness.configs import UNET
 from harness.faults import RequestedAt
 
 
 @pytest.fixture(scope="module")
 def kind():
-    return load_unconditional(ModelConfig(unet=UNET), None, 0)
+    return load_kind(ModelConfig(unet=UNET), None, 0)
 
 
 def draw(kind, seed, count, steps=3):
@@ -49,7 +49,7 @@ def test_samples_are_those_of_the_exported_pipeline(kind, monkeypatch):
 
 def test_samples_of_a_network_that_knows_the_image_are_that_image():
     """Whatever it starts from, DDIM ends at the image that the network always predicts: -0.6 is pixel 51."""
-    perfect = load_unconditional(ModelConfig(unet=UNET, noise_scheduler={"prediction_type": "sample"}), None, 0)
+    perfect = load_kind(ModelConfig(unet=UNET, noise_scheduler={"prediction_type": "sample"}), None, 0)
     with torch.no_grad():
         perfect.network.conv_out.weight.zero_()
         perfect.network.conv_out.bias.fill_(-0.6)

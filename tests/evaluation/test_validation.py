@@ -10,7 +10,7 @@ from finetune.core.randomness import noise
 from finetune.core.stopping import Interrupted, StopCheck
 from finetune.evaluation.rounds import CHUNK
 from finetune.evaluation.validation import Validation
-from finetune.models.unconditional import load_unconditional
+from finetune.models.load import load_kind
 from harness.batches import as_images, batches
 from harness.configs import UNET
 from harness.faults import RequestedAt
@@ -25,7 +25,7 @@ def never() -> None: ...
 @pytest.fixture
 def validation():
     options = {"num_train_timesteps": 100}
-    kind = load_unconditional(ModelConfig(unet=UNET, noise_scheduler=options), None, 0)
+    kind = load_kind(ModelConfig(unet=UNET, noise_scheduler=options), None, 0)
     return Validation(batches(as_images(IMAGES)), DRAWS, 3, kind, None)
 
 

@@ -10,7 +10,7 @@ from diffusers.models.unets import unet_2d_blocks
 
 from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError
-from finetune.models.unconditional import load_unconditional
+from finetune.models.load import load_kind
 from finetune.training.compute import flops_per_image
 from harness.configs import UNET
 
@@ -90,7 +90,7 @@ REFUSED = {
 
 def load(changes):
     options = {"num_train_timesteps": TIMESTEPS}
-    return load_unconditional(ModelConfig(unet=WIDE | changes, noise_scheduler=options), None, 0)
+    return load_kind(ModelConfig(unet=WIDE | changes, noise_scheduler=options), None, 0)
 
 
 def test_every_block_of_diffusers_is_here():

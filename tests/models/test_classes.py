@@ -11,7 +11,8 @@ from finetune.core.errors import UserError
 from finetune.core.randomness import noise
 from finetune.models.classes import with_classes
 from finetune.models.hub import save_export
-from finetune.models.unconditional import Unconditional, load_unconditional
+from finetune.models.load import load_kind
+from finetune.models.unconditional import Unconditional
 from harness.configs import UNET
 
 NAMES = ["cat", "dog", "emu"]
@@ -69,11 +70,11 @@ def test_a_plain_class_conditional_network_keeps_its_rows_and_gets_one_for_none(
     rows = unet.class_embedding.weight.detach().clone()
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "plain")
     config = ModelConfig(pretrained=str(tmp_path / "plain"), class_conditional=True)
-    kind = with_classes(load_unconditional(config, None, 0), ["0", "2"], seed=0)
+    kind = with_classes(load_kind(config, None, 0), ["0", "2"], seed=0)
     assert kind.class_names == ["0", "1", "2"]
     assert torch.equal(kind.network.class_embedding.weight, torch.cat([rows, torch.zeros(1, EMBEDDING)]))
     with pytest.raises(UserError, match="found the classes 3; expected numbers from 0 to 2"):
-        with_classes(load_unconditional(config, None, 0), ["0", "3"], seed=0)
+        with_classes(load_kind(config, None, 0), ["0", "3"], seed=0)
 
 
 @pytest.fixture
@@ -86,19 +87,19 @@ def exported(base, tmp_path):
 def test_an_export_is_loaded_with_its_classes_and_weights(exported):
     kind, folder = exported
     config = ModelConfig(pretrained=str(folder), class_conditional=True)
-    again = with_classes(load_unconditional(config, None, 0), ["dog"], seed=9)
+    again = with_classes(load_kind(config, None, 0), ["dog"], seed=9)
     assert again.class_names == NAMES
     assert torch.equal(output(again, ["dog", None]), output(kind, ["dog", None]))
     with pytest.raises(
         UserError, match="found the classes fox, which the pretrained model does not have; expected some"
     ):
-        with_classes(load_unconditional(config, None, 0), ["dog", "fox"], seed=0)
+        with_classes(load_kind(config, None, 0), ["dog", "fox"], seed=0)
 
 
 def test_a_class_conditional_network_is_not_trained_without_its_classes(exported):
     _, folder = exported
     with pytest.raises(UserError, match=r"conditioned on 4 classes; set model\.class_conditional=true"):
-        load_unconditional(ModelConfig(pretrained=str(folder)), None, 0)
+        load_kind(ModelConfig(pretrained=str(folder)), None, 0)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +112,10 @@ def test_names_that_do_not_fit_the_embedding_are_refused(exported, names):
     with pytest.raises(
         UserError, match=r"model_index\.json names the classes .*; expected one name for each of the rows"
     ):
-        load_unconditional(ModelConfig(pretrained=str(folder), class_conditional=True), None, 0)
+        load_kind(ModelConfig(pretrained=str(folder), class_conditional=True), None, 0)
 
 
 def test_the_number_of_classes_comes_from_the_data():
     config = ModelConfig(unet={**UNET, "num_class_embeds": 5}, class_conditional=True)
     with pytest.raises(UserError, match=r"num_class_embeds: found 5; leave it out"):
-        load_unconditional(config, None, 0)
+        load_kind(config, None, 0)

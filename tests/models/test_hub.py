@@ -6,13 +6,13 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError
 from finetune.models import hub
-from finetune.models.unconditional import load_unconditional
+from finetune.models.load import load_kind
 from harness.configs import UNET
 
 
 @pytest.mark.parametrize("pipeline_class", [DDPMPipeline, DDIMPipeline])
 def test_an_exported_pipeline_generates(tmp_path, pipeline_class):
-    kind = load_unconditional(ModelConfig(unet=UNET), 16, 0)
+    kind = load_kind(ModelConfig(unet=UNET), 16, 0)
     folder, picture = tmp_path / "pipeline", tmp_path / "grid.png"
     folder.mkdir()
     (folder / "of a run before").write_text("")
@@ -29,7 +29,7 @@ def test_an_exported_pipeline_generates(tmp_path, pipeline_class):
 
 
 def test_an_export_that_fails_leaves_the_former_one(tmp_path):
-    kind = load_unconditional(ModelConfig(unet=UNET), None, 0)
+    kind = load_kind(ModelConfig(unet=UNET), None, 0)
     folder = tmp_path / "pipeline"
     hub.save_export(kind.save, folder, "# first", [])
     with pytest.raises(UserError, match="pipeline: cannot be written"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from finetune.config.schema import LoRAConfig, ModelConfig
 from finetune.core.errors import UserError
 from finetune.models import lora_files
-from finetune.models.load import load_kind, outline_network
+from finetune.models.load import load_kind, outline_kind
 from finetune.models.lora import GROUPS, initial_weight
 from finetune.training.memory import state_bytes
 from harness.configs import ROOT
@@ -243,7 +243,7 @@ def test_any_rank_and_alpha_survive_the_files(folders, tmp_path_factory, rank, a
 def test_the_outline_takes_as_many_bytes_as_the_network(folder, dtype):
     """What is printed before the weights are loaded: adapters in float32 beside a base of any precision."""
     config = ModelConfig(pretrained=str(folder), lora=LoRAConfig(rank=2, base_dtype=dtype))
-    network, outline = load_kind(config, None, 0).network, outline_network(config, None)
+    network, outline = load_kind(config, None, 0).network, outline_kind(config, None).network
     assert state_bytes(outline, averaged=True) == state_bytes(network, averaged=True)
     trained = sum(weight.numel() for name, weight in network.named_parameters() if "lora_" in name)
     frozen = sum(weight.numel() for weight in network.parameters()) - trained

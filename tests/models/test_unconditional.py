@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError
-from finetune.models.unconditional import Unconditional, load_unconditional
+from finetune.models.load import load_kind
+from finetune.models.unconditional import Unconditional
 from harness.configs import UNET
 
 # The architecture of google/ddpm-celebahq-256 and its kin, with fewer channels and pixels.
@@ -47,7 +48,7 @@ def celebahq(tmp_path_factory):
 
 
 def load(resolution=None, seed=0, **config) -> Unconditional:
-    return load_unconditional(ModelConfig(**config), resolution, seed)
+    return load_kind(ModelConfig(**config), resolution, seed)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "flat"])

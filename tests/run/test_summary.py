@@ -15,13 +15,13 @@ from finetune.config import plain_yaml
 from finetune.config.schema import Config, ModelConfig
 from finetune.core.batch import BatchLayout
 from finetune.models.hub import save_export
-from finetune.models.unconditional import load_unconditional
+from finetune.models.load import load_kind
 from finetune.run import summary
 from finetune.run.state import Length
 from finetune.run.summary import curves_folder, hyperparameters, model_card, results, table
 from harness.configs import UNET, tiny_config
 
-KIND = load_unconditional(ModelConfig(unet=UNET), None, 0)
+KIND = load_kind(ModelConfig(unet=UNET), None, 0)
 
 
 def config_of(**changes) -> Config:
@@ -31,7 +31,7 @@ def config_of(**changes) -> Config:
 def plan(config: Config, num_held_out: int = 0, notes: tuple[str, ...] = (), mixed_precision: str = "no") -> list[str]:
     """The lines of the plan for 20 images in windows of 8, on one process of a CPU."""
     accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=mixed_precision)
-    kind = load_unconditional(config.model, config.data.resolution, config.seed)
+    kind = load_kind(config.model, config.data.resolution, config.seed)
     text = summary.plan(config, accelerator, BatchLayout(4, 2, 1), kind, 20, num_held_out, notes, 2_500_000_000)
     return [" ".join(line.split()) for line in text.splitlines()]
 
@@ -177,7 +177,7 @@ def test_the_card_does_not_publish_local_paths(tmp_path, monkeypatch):
 
 def test_an_exported_pipeline_does_not_publish_where_it_was_loaded_from(tmp_path):
     DDPMPipeline(UNet2DModel(**UNET), DDPMScheduler()).save_pretrained(tmp_path / "alice" / "base")
-    kind = load_unconditional(config_of(model={"pretrained": str(tmp_path / "alice" / "base")}).model, None, 0)
+    kind = load_kind(config_of(model={"pretrained": str(tmp_path / "alice" / "base")}).model, None, 0)
     save_export(kind.save, tmp_path / "pipeline", "a card", [])
     files = [file for file in (tmp_path / "pipeline").rglob("*") if file.is_file()]
     assert len(files) == 5  # the card, the index, two configs, the weights

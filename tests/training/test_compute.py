@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.config.schema import ModelConfig
-from finetune.models.unconditional import Unconditional, load_unconditional
+from finetune.models.load import load_kind
+from finetune.models.unconditional import Unconditional
 from finetune.training import compute
 from finetune.training.compute import flops_per_image, has_bf16, peak_rates, with_prefix
 from harness.configs import UNET
@@ -16,7 +17,7 @@ CONVOLUTIONS = UNET | {"add_attention": False}  # whose kernels differ in what t
 
 
 def kind(resolution: int = 8, **options) -> Unconditional:
-    return load_unconditional(ModelConfig(unet=CONVOLUTIONS, **options), resolution, 0)
+    return load_kind(ModelConfig(unet=CONVOLUTIONS, **options), resolution, 0)
 
 
 def test_operations_an_image_are_those_of_the_network_itself():

@@ -12,7 +12,7 @@ from torch._inductor import config as inductor
 from finetune.config.schema import ModelConfig
 from finetune.core.errors import UserError
 from finetune.models import unconditional
-from finetune.models.unconditional import load_unconditional
+from finetune.models.load import load_kind
 from finetune.training import soundness
 from finetune.training.soundness import check_compiled, layout_dependent_layers
 from harness.compare import relative_difference, weights
@@ -25,12 +25,12 @@ STEPS = 2
 
 
 def test_an_ordinary_network_has_no_such_layers():
-    assert layout_dependent_layers(load_unconditional(ModelConfig(unet=UNET), None, 0).network) == []
+    assert layout_dependent_layers(load_kind(ModelConfig(unet=UNET), None, 0).network) == []
 
 
 def test_dropout_is_found_in_every_block():
     # one in each of the resnets: 2 x 1 on the way down, 2 in the middle, 2 x 2 on the way up
-    unet = load_unconditional(ModelConfig(unet={**UNET, "dropout": 0.1}), None, 0).network
+    unet = load_kind(ModelConfig(unet={**UNET, "dropout": 0.1}), None, 0).network
     found = layout_dependent_layers(unet)
     assert found[0] == "down_blocks.0.resnets.0.dropout (Dropout)"
     assert len(found) == 8
@@ -98,7 +98,7 @@ class Compiled(nn.Module):
 
 def check(factor=lambda: 1.0, backend=DynamoBackend.INDUCTOR, unet=UNET):
     """What is printed about a network whose compiled gradients are off by a factor."""
-    kind = load_unconditional(ModelConfig(unet=unet), None, 0)
+    kind = load_kind(ModelConfig(unet=unet), None, 0)
     printed = []
     state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend))
     accelerator = SimpleNamespace(state=state, device=torch.device("cpu"))
