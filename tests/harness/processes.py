@@ -188,6 +188,12 @@ def launch(
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+def default_signals() -> None:
+    """In a process that was just forked: what `nohup` and background jobs of a shell ignore is handled again."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start_command(*command: str | Path, **environment: str) -> subprocess.Popen:
     """A real command in a session of its own, on the CPU. Its output is read with `communicate`."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
@@ -199,6 +205,7 @@ def start_command(*command: str | Path, **environment: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=default_signals,
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from finetune.run import checkpoint
 from harness.compare import valid_checkpoints
 from harness.configs import tiny_config, write_config, write_pictures
-from harness.processes import run, start_command, wait_for
+from harness.processes import default_signals, run, start_command, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +106,7 @@ def test_a_terminal_that_is_closed_stops_the_run_and_it_is_saved(config, tmp_pat
     output_dir = tmp_path / "run"
     pid, terminal = pty.fork()
     if pid == 0:
+        default_signals()
         os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
         command = [*PYTHON, "--config", str(config), f"output_dir={output_dir}"]
         os.chdir(Path(__file__).parents[2])
