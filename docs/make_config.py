@@ -15,8 +15,9 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from diffusers import DDPMScheduler, UNet2DModel  # noqa: E402
 
-from finetune.config import schema  # noqa: E402
 from finetune.config.load import expected, section_of  # noqa: E402
+from finetune.config.schema import Config  # noqa: E402
+from finetune.config.section import Section  # noqa: E402
 
 SMALL = """\
 output_dir: runs/first
@@ -95,7 +96,7 @@ NOISE_SCHEDULER_KEYS = {
     "prediction_type": "What the network predicts: epsilon, sample or v_prediction; fixed by a pretrained model",
 }
 TEXT = """\
-<!-- Made by docs/make_config.py from finetune/config/schema.py. -->
+<!-- Made by docs/make_config.py from finetune/config/. -->
 
 # Config reference
 
@@ -153,7 +154,8 @@ A usual one ({usual_millions:.0f} M parameters), for pictures of 64 pixels on a 
 def meanings() -> dict[str, dict[str, str]]:
     """Class -> key -> the string below it, which Python does not keep."""
     found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(Path(schema.__file__).read_text()).body:
+    rooms = sorted((ROOT / "finetune/config").glob("*.py"))
+    for node in (node for room in rooms for node in ast.parse(room.read_text()).body):
         if isinstance(node, ast.ClassDef):
             for key, text in zip(node.body, node.body[1:], strict=False):
                 if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr):
@@ -170,17 +172,17 @@ def value(default: object) -> str:
     return yaml.safe_dump(default, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
 
 
-def section(name: str, model: type[schema.Section], texts: dict[str, dict[str, str]]) -> str:
+def section(name: str, model: type[Section], texts: dict[str, dict[str, str]]) -> str:
     """A table of the keys of a section; of those of the config itself that are no sections, for `name` empty."""
     rows = ["| key | takes | default | meaning |", "|---|---|---|---|", *key_rows(name, model, texts)]
     return "\n".join(rows)
 
 
-def key_rows(name: str, model: type[schema.Section], texts: dict[str, dict[str, str]]) -> list[str]:
+def key_rows(name: str, model: type[Section], texts: dict[str, dict[str, str]]) -> list[str]:
     """A row a key; those of a section that may be null follow the key that holds it."""
     lines = []
     for key, field in model.model_fields.items():
-        if isinstance(field.annotation, type(schema.Section)):
+        if isinstance(field.annotation, type(Section)):
             continue
         default = "required" if field.is_required() else f"`{value(field.default)}`"
         lines.append(f"| `{name}{key}` | {expected(field)} | {default} | {texts[model.__name__][key]} |")
@@ -201,9 +203,9 @@ def component_keys(component: type, keys: dict[str, str]) -> str:
 
 def reference() -> str:
     texts = meanings()
-    parts = [f"## Run\n\n{section('', schema.Config, texts)}\n"]
-    for name, field in schema.Config.model_fields.items():
-        if isinstance(field.annotation, type(schema.Section)):
+    parts = [f"## Run\n\n{section('', Config, texts)}\n"]
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type(Section)):
             table = section(f"{name}.", field.annotation, texts)
             parts.append(f"## {name}\n\n{texts['Config'][name]}\n\n{table}\n")
     small, usual = (yaml.safe_load(text)["model"]["unet"] for text in (SMALL_UNET, USUAL_UNET))

@@ -120,7 +120,7 @@ def test_two_processes_draw_and_measure_the_same(finished, tmp_path):
 
 def test_dropout_of_the_class_is_a_stream_of_its_own(finished):
     """It drops the share that it is asked to, by position, and leaves noise and timesteps as they were."""
-    from finetune.config.schema import DataConfig
+    from finetune.config.inputs import DataConfig
     from finetune.core.kind import ImageFormat
     from finetune.data.loading import load_data
     from finetune.data.order import Slot

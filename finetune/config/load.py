@@ -11,7 +11,8 @@ from pydantic_core import PydanticCustomError
 
 from finetune.config import plain_yaml
 from finetune.config.fields import expanded, short
-from finetune.config.schema import Config, Section
+from finetune.config.schema import Config
+from finetune.config.section import Section
 from finetune.core.errors import UserError
 
 COMMAND_LINE = "command line"

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pyarrow.compute as pc
 
-from finetune.config.schema import DataConfig
+from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
 from finetune.data.captions import Captions
 from finetune.data.listing import printable

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.config.schema import DataConfig
+from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
 from finetune.core.kind import ImageFormat
 from finetune.core.shapes import Shape

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from finetune.config.schema import DataConfig
+from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
 
 LABEL_TYPES = re.compile(r"u?int\d+|bool|(large_)?string")

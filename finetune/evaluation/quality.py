@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoModel
 
-from finetune.config.schema import QualityConfig
+from finetune.config.outputs import QualityConfig
 from finetune.core.errors import UserError, first_line
 from finetune.core.groups import summed
 from finetune.data.pixels import Pixels

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from finetune.config.fields import short
-from finetune.config.schema import SamplesConfig
+from finetune.config.outputs import SamplesConfig
 from finetune.core.errors import UserError, first_line
 from finetune.core.groups import summed
 from finetune.core.kind import Kind

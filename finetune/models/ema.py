@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from diffusers.training_utils import EMAModel
 
-from finetune.config.schema import EMAConfig
+from finetune.config.updates import EMAConfig
 
 
 def make_ema(parameters: Iterable[torch.nn.Parameter], config: EMAConfig) -> EMAModel | None:

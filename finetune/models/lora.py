@@ -13,7 +13,7 @@ from accelerate.utils.operations import recursively_apply
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig as PeftConfig
 
-from finetune.config.schema import LoRAConfig
+from finetune.config.inputs import LoRAConfig
 from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Arguments
 from finetune.core.randomness import key

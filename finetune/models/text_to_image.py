@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from finetune.config.schema import ModelConfig
+from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
 from finetune.models.checks import check_finite, check_forward
 from finetune.models.components import Folder

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from finetune.config.schema import ModelConfig
+from finetune.config.inputs import ModelConfig
 from finetune.core.kind import Arguments, Batch, Encoders, ImageFormat
 from finetune.core.shapes import Shape
 from finetune.models.checks import check_finite, check_forward

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
-from finetune.config.schema import ModelConfig
+from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError, first_line
 from finetune.models.hub import read_json, variant
 from finetune.models.noise_schedulers import check_scheduler

@@ -6,7 +6,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
-from finetune.config.schema import LRSchedulerConfig, OptimizerConfig
+from finetune.config.updates import LRSchedulerConfig, OptimizerConfig
 from finetune.core.errors import UserError
 
 

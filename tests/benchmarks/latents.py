@@ -22,7 +22,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from table import head, row
 
-from finetune.config.schema import Config, LoRAConfig
+from finetune.config.inputs import LoRAConfig
+from finetune.config.schema import Config
 from finetune.models.lora import add_adapters
 from harness.configs import tiny_config, write_config, write_pictures
 from harness.pipelines import LENGTH, pipeline

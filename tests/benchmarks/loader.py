@@ -20,7 +20,7 @@ from diffusers import UNet2DModel
 from PIL import Image, JpegImagePlugin
 from table import head, row
 
-from finetune.config.schema import DataConfig
+from finetune.config.inputs import DataConfig
 from finetune.core.batch import BatchLayout
 from finetune.core.kind import ImageFormat
 from finetune.data.batches import Batches

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from finetune.config.load import load_config, to_yaml
-from finetune.config.schema import LRSchedulerConfig
+from finetune.config.updates import LRSchedulerConfig
 from harness.config_files import VALID, load_valid, write
 from harness.configs import ROOT
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.config.inputs import ModelConfig
 from finetune.config.load import ConfigError, load_config, to_yaml
-from finetune.config.schema import Config, ModelConfig
+from finetune.config.schema import Config
 
 KEYS = ["output_dir", "data.source", "model.pretrained", "checkpoint.resume", "validation.quality.features"]
 BASE = """

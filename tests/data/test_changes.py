@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.config.schema import DataConfig
+from finetune.config.inputs import DataConfig
 from finetune.core.kind import ImageFormat
 from finetune.data.loading import load_data
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.config.schema import DataConfig
+from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
 from finetune.core.kind import ImageFormat
 from finetune.data.loading import load_data

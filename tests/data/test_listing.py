@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from finetune.config.schema import DataConfig
+from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
 from finetune.core.kind import ImageFormat
 from finetune.data.listing import by_kind, list_folder

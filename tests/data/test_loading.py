@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from finetune.config.schema import DataConfig
+from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
 from finetune.core.kind import ImageFormat
 from finetune.data import loading
@@ -124,7 +124,7 @@ def test_other_processes_and_later_runs_find_everything_in_the_cache(tmp_path, c
     fingerprints = [load(source, resolution=11).fingerprint for source in sources]
     assert "Decoding images" in capfd.readouterr().err  # progress is shown where there is some
     script = (
-        "import sys; from finetune.data import loading; from finetune.config.schema import DataConfig\n"
+        "import sys; from finetune.data import loading; from finetune.config.inputs import DataConfig\n"
         "from finetune.core.kind import ImageFormat\n"
         "loading.decode = None\n"
         "for source in sys.argv[1:]:\n"

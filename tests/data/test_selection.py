@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 
-from finetune.config.schema import DataConfig
+from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
 from finetune.data.selection import select
 

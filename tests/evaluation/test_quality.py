@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
-from finetune.config.schema import QualityConfig
+from finetune.config.outputs import QualityConfig
 from finetune.core.errors import UserError
 from finetune.evaluation.quality import Features, Quality, feature_distances
 from harness.features import processor, save_resnet

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 
-from finetune.config.schema import ModelConfig
+from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
 from finetune.core.randomness import noise
 from finetune.core.stopping import Interrupted, StopCheck

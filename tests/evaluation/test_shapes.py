@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
-from finetune.config.schema import SamplesConfig
+from finetune.config.outputs import SamplesConfig
 from finetune.core.errors import UserError
 from finetune.core.shapes import Shape
 from finetune.data.pixels import SHAPED_FEATURES, Images, Original, shaped_row

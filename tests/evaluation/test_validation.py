@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from finetune.config.schema import ModelConfig
+from finetune.config.inputs import ModelConfig
 from finetune.core.randomness import noise
 from finetune.core.stopping import Interrupted, StopCheck
 from finetune.evaluation.rounds import CHUNK

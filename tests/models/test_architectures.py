@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMPipeline
 from diffusers.models.unets import unet_2d_blocks
 
-from finetune.config.schema import ModelConfig
+from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
 from finetune.models.load import load_kind
 from finetune.training.compute import flops_per_image

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from finetune.config.schema import ModelConfig
+from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
 from finetune.core.randomness import noise
 from finetune.models.classes import with_classes

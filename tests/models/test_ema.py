@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.config.schema import EMAConfig
+from finetune.config.updates import EMAConfig
 from finetune.models.ema import averaged_weights, make_ema
 
 

@@ -3,7 +3,7 @@
 import pytest
 from diffusers import DDIMPipeline, DDPMPipeline
 
-from finetune.config.schema import ModelConfig
+from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
 from finetune.models import hub
 from finetune.models.load import load_kind

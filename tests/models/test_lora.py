@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from finetune.config.schema import LoRAConfig, ModelConfig
+from finetune.config.inputs import LoRAConfig, ModelConfig
 from finetune.core.errors import UserError
 from finetune.models import lora_files
 from finetune.models.load import load_kind, outline_kind

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.config import plain_yaml
-from finetune.config.schema import Config, ModelConfig
+from finetune.config.inputs import ModelConfig
+from finetune.config.schema import Config
 from finetune.core.batch import BatchLayout
 from finetune.models.hub import save_export
 from finetune.models.load import load_kind

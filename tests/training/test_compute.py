@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.config.schema import ModelConfig
+from finetune.config.inputs import ModelConfig
 from finetune.models.load import load_kind
 from finetune.models.unconditional import Unconditional
 from finetune.training import compute

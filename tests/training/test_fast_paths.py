@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finetune.config.schema import EMAConfig, OptimizerConfig
+from finetune.config.updates import EMAConfig, OptimizerConfig
 from finetune.models.ema import make_ema
 from finetune.training.optim import make_optimizer
 from harness.configs import UNET

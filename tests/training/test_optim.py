@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from finetune.config.schema import LRSchedulerConfig, OptimizerConfig
+from finetune.config.updates import LRSchedulerConfig, OptimizerConfig
 from finetune.core.errors import UserError
 from finetune.training.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
 

@@ -9,7 +9,7 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from torch._inductor import config as inductor
 
-from finetune.config.schema import ModelConfig
+from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
 from finetune.models import unconditional
 from finetune.models.load import load_kind
