@@ -24,7 +24,7 @@ from table import head, row
 
 from finetune.config.inputs import LoRAConfig
 from finetune.config.schema import Config
-from finetune.models.lora import add_adapters
+from finetune.models.lora import add_adapters, draw_adapters
 from harness.configs import tiny_config, write_config, write_pictures
 from harness.pipelines import LENGTH, pipeline
 
@@ -66,7 +66,8 @@ class BareLatents:
     def __init__(self, folder: Path, lora: bool = False):
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet").train()
         if lora:
-            add_adapters(self.unet, LoRAConfig(rank=4), 0)
+            add_adapters(self.unet, LoRAConfig(rank=4))
+            draw_adapters(self.unet, 0)
         trained = [weight for weight in self.unet.parameters() if weight.requires_grad]
         self.vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -120,7 +121,7 @@ from finetune.training.host_memory import forget_peak, peak_memory
 
 if {random}:  # neither encoders nor encodings: latents and texts from a generator
     def content(batches, slots):
-        return {{"latents": torch.randn(len(slots), *batches.shape)}}
+        return {{"latents": torch.randn(len(slots), *batches.shape(slots[0].image))}}
 
     def conditions(batches, slots):
         return {{name: torch.randn(len(slots), *shape) for name, shape in batches.embeddings.fields.items()}}
