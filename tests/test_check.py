@@ -98,7 +98,8 @@ def test_what_passes_the_check_runs_to_its_end(
     assert [line["step"] for line in history(tmp_path / "run") if "train/loss" in line] == [1, 2, 3]
     assert valid_checkpoints(tmp_path / "run") == [3]
     assert (tmp_path / "run/samples/step-3.png").exists()
-    assert (tmp_path / "run/pipeline/model_index.json").exists()
+    exported = "lora/pytorch_lora_weights.safetensors" if kind == "lora" else "pipeline/model_index.json"
+    assert (tmp_path / "run" / exported).exists()
 
 
 @pytest.mark.slow
