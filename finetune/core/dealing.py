@@ -5,6 +5,7 @@ Only places in the window are dealt, 0 .. n-1: what lies at a place, and its gra
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +67,7 @@ def _marked(micro_batch: MicroBatch) -> Places:
     return places
 
 
+@lru_cache(maxsize=4)  # a full window and an epoch's last are all that a run has
 def deal_evenly(num_images: int, layout: BatchLayout) -> Dealing:
     """Deal out images of one shape in runs of `micro_batch_size`: micro-step k, process r gets run kP + r.
 

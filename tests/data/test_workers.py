@@ -9,6 +9,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from finetune.core.batch import BatchLayout
 from finetune.data import workers
@@ -19,14 +21,33 @@ from finetune.data.workers import loader_problem, make_loader
 from harness.batches import SLOTS, batches, wide_images
 
 
-def test_only_images_and_noise_travel_through_shared_memory():
-    """A block of it for each tensor would cost the main process more than reading the images itself."""
+def test_what_is_large_travels_in_one_block_of_shared_memory():
+    """A block for each tensor would cost the main process more than reading the images itself."""
     batch = batches(wide_images()).__getitems__(SLOTS)
-    unpack, (shared, numbers) = workers._Parcel(batch).__reduce__()
-    assert batch.keys() - numbers.keys() == {"images", "noise"}
-    arrived = unpack(shared, numbers)
+    unpack, (packed, places, numbers) = workers._Parcel(batch).__reduce__()
+    assert places.keys() == {"images", "noise"}
+    assert batch.keys() - numbers.keys() == places.keys()
+    arrived = unpack(packed, places, numbers)
+    assert len({arrived[name].untyped_storage().data_ptr() for name in places}) == 1
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([torch.uint8, torch.bool, torch.float16, torch.int64, torch.float32, torch.float64]),
+            st.lists(st.integers(0, 3), min_size=1, max_size=4),
+        ),
+        max_size=5,
+    )
+)
+def test_a_batch_arrives_as_it_was_sent(tensors):
+    batch = {str(place): torch.rand(shape).mul(9).to(dtype) for place, (dtype, shape) in enumerate(tensors)}
+    unpack, parts = workers._Parcel(batch).__reduce__()
+    arrived = unpack(*parts)
     assert arrived.keys() == batch.keys()
-    assert all(torch.equal(arrived[name], batch[name]) for name in batch)
+    for name, tensor in batch.items():
+        assert arrived[name].dtype == tensor.dtype
+        assert torch.equal(arrived[name], tensor)
 
 
 @pytest.mark.parametrize(("context", "num_workers"), [("fork", 2), pytest.param("spawn", 1, marks=pytest.mark.slow)])
