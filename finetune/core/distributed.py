@@ -155,7 +155,7 @@ def on_main_process(ask: Callable[[], T]) -> T:
 
 
 def together(make: Callable[[], T]) -> T:
-    """Call `make` on every process; if one of them fails, none goes on or waits for another.
+    """Call `make` on every process; if one of them fails, none continues or waits for another.
 
     Raises:
         UserError: on all processes, if any of them raised it.

@@ -35,7 +35,7 @@ class Encoders(Protocol):
     They are loaded when they first encode, and are in memory until `free`.
 
     Attributes:
-        image_key, text_key: hashes of all that an encoded image or text depends on beside itself.
+        image_key, text_key: hashes of all that an encoded image or text depends on, apart from itself.
         image_fields: what an image becomes: `mean` and `std` of its posterior.
         text_fields: what a text becomes: `text`, and `pooled` where the pipeline has it.
         image_chunk, text_chunk: how many are encoded at once: always so many, so that an entry never depends on others.
@@ -74,7 +74,7 @@ class Kind(Protocol):
         network: the network that is trained, without the wrappers that Accelerate puts around it.
         noise_scheduler: noises its inputs, and names its prediction type.
         image_format: what it needs of the data.
-        conditional: whether it is told something about an image beside its pixels, which may be dropped.
+        conditional: whether it is told something about an image besides its pixels, which may be dropped.
         captioned: whether that is a caption.
         class_names: the classes that it knows by name; none unless it is class-conditional.
         export_name: of the folder of a finished run that `save` writes.

@@ -39,7 +39,7 @@ def decoded(
         column: holds {"bytes", "path"} of an encoded picture, or None.
         decode: makes a row of it; its `error` tells why a picture is bad. Called by a thread for every core.
         features: of the rows that `decode` makes.
-        identity: everything beside the dataset that the result depends on.
+        identity: everything besides the dataset that the result depends on.
         size: about how many bytes of pixels an image has.
 
     Rows are decoded in pieces, each saved when it is complete, so an interrupted run continues with the next. Threads

@@ -94,7 +94,7 @@ class LoRA(StableDiffusion):
         )
 
     def identity(self) -> dict[str, Any]:
-        """What it was before, the adapters' shape, and a hash of the weights that they are beside."""
+        """The base model's identity, the adapters' shape, and a hash of the frozen weights."""
         options = self.options.model_dump(mode="json") | {"alpha": alpha_of(self.options)}
         return super().identity() | {"lora": options, "base": self.folder.digest(["unet"])}
 

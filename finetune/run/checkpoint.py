@@ -74,7 +74,7 @@ def save(
     """Write `checkpoint-<step>`; all processes call it together.
 
     Args:
-        run_state: JSON beside the weights: where the run is, and which run it is.
+        run_state: JSON saved with the weights: where the run is, and which run it is.
         tensors: further named groups of tensors, each written as `<group>.safetensors`.
 
     Raises:

@@ -107,7 +107,7 @@ class Checkpoints:
     def prune(self, saved_step: int, best_step: int = -1) -> None:
         """Delete what need not be kept, once the checkpoint of a step is complete.
 
-        At most `keep` valid ones stay, and the one of the best step beside them, -1 for none.
+        At most `keep` valid ones stay, plus the one of `best_step` (-1: none).
         """
         self.damaged.discard(self.output_dir / f"checkpoint-{saved_step}")
         kept = 0

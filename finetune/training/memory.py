@@ -73,8 +73,8 @@ def state_plan(accelerator: Accelerator, outline: torch.nn.Module, num_processes
 class Trials:
     """Trial updates of one process, and what they take of its memory.
 
-    An update goes forward and backward beside gradients and AdamW's moments, on the unwrapped network: no gradients are
-    reduced, and weights, gradients, buffers and generators stay as they were.
+    An update goes forward and backward with gradients and AdamW's moments in memory, on the unwrapped network: no
+    gradients are reduced, and weights, gradients, buffers and generators stay as they were.
     """
 
     def __init__(self, accelerator: Accelerator, kind: Kind, num_processes: int, averaged: bool):
