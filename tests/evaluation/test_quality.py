@@ -27,11 +27,31 @@ def test_wider_features_of_equal_mean_are_apart_by_the_difference_of_their_devia
     assert feature_distances(line, 3 * line)["frechet_distance"] == pytest.approx(16 / 3, abs=1e-4)
 
 
-def test_kernel_distance_is_the_unbiased_estimate():
-    # k(x, y) = (x y + 1)^3 in one dimension. Real {0, 1}, fake {1, 2}: mean over pairs i != j of each set, k(0,1) = 1
-    # and k(1,2) = 27; across k(0,1) + k(0,2) + k(1,1) + k(1,2) = 1 + 1 + 8 + 27 = 37 over 4: 1 + 27 - 2 x 37/4 = 9.5.
+def test_kernel_distance_is_the_unbiased_estimate_over_pairs_of_other_conditions():
+    # k(x, y) = (x y + 1)^3 in one dimension. Real {0, 1}, fake {1, 2}, in pairs (0, 1) and (1, 2): mean over i != j of
+    # each set, k(0,1) = 1 and k(1,2) = 27; across k(0,2) = 1 and k(1,1) = 8: 1 + 27 - 2 x 9/2 = 19.
     found = feature_distances(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]]))
-    assert found["kernel_distance"] == pytest.approx(9.5)
+    assert found["kernel_distance"] == pytest.approx(19)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_perfect_samples_of_features_that_the_class_decides_are_at_no_distance(rounds):
+    """Counted between the sets, but not within them, pairs of one image would bring it to -24."""
+    classes = torch.tensor([[0.0, 1.0], [3.0, 0.0], [0.0, 1.0], [0.0, -2.0]])
+    found = feature_distances(classes, classes.repeat(rounds, 1))
+    assert found["kernel_distance"] == pytest.approx(0, abs=1e-12)
+
+
+def test_perfect_samples_by_class_vary_around_no_distance():
+    """1,000 sets of 20 images of four classes; the mean is within four of its standard errors of 0."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(1000):
+        centres = 2 * torch.eye(4)[torch.randint(4, (20,), generator=generator)]
+        real, fake = (centres + 0.5 * torch.randn(20, 4, generator=generator) for _ in range(2))
+        found.append(feature_distances(real, fake)["kernel_distance"])
+    assert abs(np.mean(found)) < 4 * np.std(found) / 1000**0.5
+    assert np.std(found) / 1000**0.5 < 0.02
 
 
 def test_the_global_generator_is_left_as_it_was():
