@@ -9,26 +9,13 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from finetune.core.errors import UserError
 from finetune.data.formats import PICTURES
+from finetune.data.thumbnails import SERVER, thumbnails
 
 READERS = dict.fromkeys(PICTURES, "imagefolder")
 READERS |= {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 OTHER_PICTURES = set(ImageFolder.EXTENSIONS) - {".mpg", ".mpeg"}
-OTHER_PICTURES |= {
-    ".avif",
-    ".heics",
-    ".heifs",
-    ".xcf",
-    ".heic",
-    ".heif",
-    ".hif",
-    ".jxl",
-    ".jxr",
-    ".svg",
-    ".exr",
-    ".hdr",
-    ".raw",
-    ".dng",
-}
+OTHER_PICTURES |= {".avif", ".heics", ".heifs", ".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".xcf"}
+OTHER_PICTURES |= {".exr", ".hdr", ".raw", ".dng"}
 OTHER_PICTURES |= {".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}  # of cameras
 OTHER_PICTURES -= PICTURES
 # Made by servers, file managers and systems: thumbnails, waste baskets, snapshots. All in lower case.
@@ -99,6 +86,10 @@ def list_folder(path: str, output_dir: str | None = None, captioned: bool = Fals
                 reader = "metadata" if name in ImageFolder.METADATA_FILENAMES else READERS[_extension(name)]
                 found.setdefault(reader, []).append(_in_utf8(file, path))
     metadata = sorted(found.pop("metadata", []))
+    # Metadata files say themselves which pictures are used.
+    if small := set() if metadata else thumbnails(path, found.get("imagefolder", ())):
+        left_out["thumbnails of pictures beside them"] = sorted(small)
+        found["imagefolder"] = [file for file in found["imagefolder"] if file not in small]
     if captioned:
         stems = {os.path.splitext(file)[0] for file in found.get("imagefolder", ())}
         texts = {f"{stem}.txt" for stem in stems}
@@ -164,7 +155,7 @@ def _is_system(folder: str) -> bool:
 
 
 def _reason_to_leave_out(name: str, is_run: bool) -> str | None:
-    if name.startswith(".") or name.lower() in SYSTEM_FILES:
+    if name.startswith(".") or name.lower() in SYSTEM_FILES or SERVER.fullmatch(name):
         return "hidden and system files"
     if is_run and RUN_OUTPUT.fullmatch(name):
         return "files of a run's output"
