@@ -25,6 +25,7 @@ SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 RUN_FILES = {"config.yaml", "metrics.jsonl"}  # a folder with both is a run's output_dir
 RUN_OUTPUT = re.compile(r"samples|pipeline|lora|tensorboard|checkpoint-.*|loss_curve\.png|" + "|".join(RUN_FILES))
 OTHER = "other files"  # the reason to leave out what nothing here reads
+CAPTIONS = ".txt", ".TXT"  # extensions of texts beside pictures
 EXAMPLES = 3  # names that a note gives for a kind of file
 
 
@@ -80,10 +81,15 @@ def list_folder(path: str, output_dir: str | None = None, captioned: bool = Fals
             left_out.setdefault(reason, []).extend(_inside(path, os.path.join(folder, name)))
         for name in names:
             file = os.path.normpath(os.path.join(here, name))
+            reader = "metadata" if _is_metadata(name) else READERS.get(_extension(name), "")
             if (why := _reason_to_leave_out(name, is_run)) is not None:
                 left_out.setdefault(why, []).append(file)
             else:
-                reader = "metadata" if name in ImageFolder.METADATA_FILENAMES else READERS[_extension(name)]
+                if reader == "metadata" and not os.path.isfile(os.path.join(folder, name)):
+                    raise UserError(  # reading a pipe would wait for ever
+                        f"data.source: {path}: found {printable(file)}, which is a metadata file by its name and no "
+                        "regular file (a broken link, a named pipe or a socket); replace or remove it"
+                    )
                 found.setdefault(reader, []).append(_in_utf8(file, path))
     metadata = sorted(found.pop("metadata", []))
     # Metadata files say themselves which pictures are used.
@@ -92,8 +98,7 @@ def list_folder(path: str, output_dir: str | None = None, captioned: bool = Fals
         found["imagefolder"] = [file for file in found["imagefolder"] if file not in small]
     if captioned:
         stems = {os.path.splitext(file)[0] for file in found.get("imagefolder", ())}
-        texts = {f"{stem}.txt" for stem in stems}
-        left_out[OTHER] = [file for file in left_out.get(OTHER, ()) if file not in texts]
+        left_out[OTHER] = [file for file in left_out.get(OTHER, ()) if not _is_text_beside(file, stems)]
     notes = [_note(reason, files) for reason, files in left_out.items() if files]
     return Listing({reader: sorted(files) for reader, files in found.items()}, metadata, notes)
 
@@ -159,11 +164,20 @@ def _reason_to_leave_out(name: str, is_run: bool) -> str | None:
         return "hidden and system files"
     if is_run and RUN_OUTPUT.fullmatch(name):
         return "files of a run's output"
-    if name in ImageFolder.METADATA_FILENAMES or _extension(name) in READERS:
+    if _is_metadata(name) or _extension(name) in READERS:
         return None
     if _extension(name) in OTHER_PICTURES:
         return "pictures in formats that cannot be read here, to be converted to PNG or JPEG"
     return OTHER
+
+
+def _is_metadata(name: str) -> bool:
+    return name.lower() in ImageFolder.METADATA_FILENAMES
+
+
+def _is_text_beside(file: str, stems: set[str]) -> bool:
+    stem, extension = os.path.splitext(file)
+    return extension in CAPTIONS and stem in stems
 
 
 def _inside(path: str, folder: str) -> list[str]:
