@@ -79,6 +79,7 @@ class Kind(Protocol):
         class_names: the classes that it knows by name; none unless it is class-conditional.
         export_name: of the folder of a finished run that `save` writes.
         made_for: pixels a side that the model came with; None where it names no square.
+        variant: of the pretrained weights, such as fp16, where there are no others; else None.
         divisor: what both sides of a picture have to be multiples of.
         shapes: of the pictures that are trained; the square of the image format, unless `train_shapes` sets others.
     """
@@ -91,6 +92,7 @@ class Kind(Protocol):
     class_names: list[str]
     export_name: str
     made_for: int | None
+    variant: str | None
     divisor: int
     shapes: list[Shape]
 

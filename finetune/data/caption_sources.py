@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
 from finetune.data.captions import Captions
-from finetune.data.listing import printable
+from finetune.data.listing import CAPTIONS, printable
 from finetune.data.order import Indices
 from finetune.data.selection import Selection
 from finetune.data.sources import Source
@@ -100,8 +100,9 @@ def _from_file(picture: str | None, folders: Sequence[str]) -> list[str]:
     """The lines of the text file beside a picture; none if there is no such file."""
     if not picture or not any(os.path.abspath(picture).startswith(folder + os.sep) for folder in folders):
         return []
-    file = os.path.splitext(picture)[0] + ".txt"
-    if not os.path.isfile(file):  # reading a named pipe would wait for ever
+    files = [os.path.splitext(picture)[0] + extension for extension in CAPTIONS]
+    file = next(filter(os.path.isfile, files), None)  # reading a named pipe would wait for ever
+    if file is None:
         return []
     try:
         with open(file, "rb") as opened:

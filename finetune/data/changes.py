@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from finetune.core.kind import ImageFormat
 from finetune.core.shapes import Shape, cropped, enlarged
+from finetune.data.listing import EXAMPLES
 from finetune.data.order import Indices
 
 NAMED = 10  # pictures that lose more than half of themselves
@@ -52,6 +53,19 @@ def changes_to_shapes(
         more = f" and {len(extreme) - NAMED} more" if len(extreme) > NAMED else ""
         notes.append(f"cropped by more than half: {len(extreme)} of {len(rows)}: {', '.join(named)}{more}")
     return notes + _made_grey(table, rows, image_format.channels)
+
+
+def first_frames(table: datasets.Dataset, rows: Indices, name: Callable[[int], str]) -> list[str]:
+    """A line on pictures of which the first of several frames or pages is used.
+
+    Args:
+        rows, name: as for `changes_to_shapes`.
+    """
+    several = rows[_column(table, rows, "original_several")]
+    if not len(several):
+        return []
+    named = ", ".join(map(name, several[:EXAMPLES].tolist())) + (", ..." if len(several) > EXAMPLES else "")
+    return [f"only the first of several frames or pages: {len(several)} of {len(rows)} pictures ({named})"]
 
 
 def _column(table: datasets.Dataset, rows: Indices, name: str) -> npt.NDArray[Any]:

@@ -1,6 +1,7 @@
 """Colour spaces that a file names by numbers instead of an ICC profile, as the profile that they mean.
 
-PNG: the chunks cICP, sRGB, gAMA and cHRM (PNG, third edition, 4.3: in this order, an ICC profile after cICP).
+EXIF, as cameras write it: Adobe RGB by the tag ColorSpace (2) or the interoperability index (R03, of DCF 2.0), else
+sRGB. PNG: the chunks cICP, sRGB, gAMA and cHRM (PNG, third edition, 4.3: in this order, an ICC profile after cICP).
 JPEG 2000: the box colr (ISO/IEC 15444-1, I.5.3.3). AVIF: the box colr with code points (ISO/IEC 14496-12, 12.1.5). The
 code points are those of ITU-T H.273.
 """
@@ -12,9 +13,10 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from finetune.data.pixels import BadImageError
+from finetune.data.png_chunks import chunks
 
 Primaries = tuple[float, ...]  # x, y of white, red, green and blue
 D65 = (0.3127, 0.329)
@@ -30,6 +32,7 @@ _CODED_PRIMARIES: dict[int, Primaries] = {
     12: (*D65, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
 }
 _SRGB_CURVE = 0.0  # instead of an exponent
+_ADOBE_RGB = (*D65, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06), 563 / 256  # Adobe RGB (1998), 4.3.1
 # Viewers show the curve of video (1, 6, 14, 15) as sRGB's: a video is graded on a display, not by its camera's curve.
 _CODED_CURVES = dict.fromkeys((1, 2, 6, 13, 14, 15), _SRGB_CURVE) | {4: 2.2, 5: 2.8, 8: 1.0}
 _HIGH_RANGE = {16: "PQ", 18: "HLG"}
@@ -46,16 +49,26 @@ def profile_of(image: Image.Image, source: bytes | str) -> bytes | None:
         BadImageError: the picture is of a high dynamic range, or of a colour space that is not known.
     """
     embedded: bytes | None = image.info.get("icc_profile")
-    if image.format not in ("PNG", "JPEG2000", "AVIF"):
-        return embedded
+    if image.format == "PNG":
+        return _png_profile(chunks(source, (b"cICP", b"sRGB", b"gAMA", b"cHRM")), embedded)
+    if image.format not in ("JPEG2000", "AVIF"):
+        return embedded or (_matrix_profile(*_ADOBE_RGB) if _is_adobe_rgb(image) else None)
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-        if image.format == "PNG":
-            return _png_profile(dict(_chunks(file)), embedded)
         boxes = list(_colour_boxes(file, 0, file.seek(0, io.SEEK_END)))
     if image.format == "AVIF":
         coded = [box for box in boxes if box[:4] == b"nclx" and len(box) >= 8]
         return embedded or (_coded(*struct.unpack(">HH", coded[0][4:8])) if coded else None)
     return _jpeg2000_profile(boxes)
+
+
+def _is_adobe_rgb(image: Image.Image) -> bool:
+    """Whether the EXIF of a picture without a profile says Adobe RGB, as cameras do that are set to it."""
+    try:
+        exif = image.getexif()
+        index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex, "")
+        return exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace) == 2 or str(index).startswith("R03")
+    except Exception:  # broken metadata says nothing about the pixels
+        return False
 
 
 def _png_profile(chunks: dict[bytes, bytes], embedded: bytes | None) -> bytes | None:
@@ -132,19 +145,6 @@ def _matrix_profile(primaries: Primaries, exponent: float) -> bytes | None:
 
 def _xyz(values: np.ndarray) -> bytes:
     return b"XYZ \0\0\0\0" + struct.pack(">3i", *np.rint(values * 65536).astype(int))
-
-
-def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """A PNG's chunks of colour, which stand before its pixels."""
-    file.seek(8)
-    while len(head := file.read(8)) == 8:
-        length, name = int.from_bytes(head[:4], "big"), head[4:]
-        if name in (b"IDAT", b"IEND"):
-            return
-        if name in (b"cICP", b"sRGB", b"gAMA", b"cHRM"):
-            yield name, file.read(min(length, 32))
-            length -= min(length, 32)
-        file.seek(length + 4, io.SEEK_CUR)
 
 
 def _colour_boxes(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:

@@ -59,17 +59,19 @@ def check_metadata(file: str) -> None:
 
 def _columns_and_rows(file: str) -> tuple[list[str], int]:
     """A metadata file's columns, and how many rows it has."""
-    if file.endswith(".parquet"):
+    if file.lower().endswith(".parquet"):
         metadata = pq.read_metadata(file)
         return metadata.schema.to_arrow_schema().names, metadata.num_rows
     with open(file, encoding="utf-8-sig", newline="") as opened:
         lines = (line for line in opened if line.strip())
         first = next(lines, "")
         rest = sum(1 for _ in lines)
-    if file.endswith(".csv"):
+    if file.lower().endswith(".csv"):
         return next(csv.reader([first]), []), rest
     row = json.loads(first or "{}")
-    return list(row) if isinstance(row, dict) else [], rest + bool(first)
+    if not isinstance(row, dict):
+        raise ValueError("its first line is no mapping; expected {...} for each picture, a line each")
+    return list(row), rest + bool(first)
 
 
 def broken_table(reader: str, files: Iterable[str]) -> str | None:

@@ -7,7 +7,6 @@ animated), the result is uint8 and looks as a viewer shows it. A picture that ca
 import io
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,15 +14,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, ImageSequence, PngImagePlugin
 
 from finetune.core.errors import UserError
 from finetune.core.shapes import Shape, covering, nearest
 from finetune.data.colour import in_srgb
 from finetune.data.colour_tags import profile_of
-from finetune.data.formats import FORMATS, HEAD, unread_format
+from finetune.data.formats import FORMATS, head_of, why_unreadable
 from finetune.data.pixels import BadImageError, Original
-from finetune.data.samples import check_channels, eight_bits
+from finetune.data.samples import (
+    Depth,
+    check_channels,
+    depth_of,
+    eight_bits,
+    has_unused_alpha,
+    is_reduced,
+    to_full_page,
+)
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the network's channels
 GREY_MODES = ("1", "L", "LA", "La")
@@ -57,8 +64,11 @@ def quiet() -> Iterator[None]:
 def original(source: bytes | str) -> Original:
     """Size, once it is upright, and colour of a picture that `decode` accepts, by its header."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
-        size = file.size[::-1] if _lies_on_its_side(file) else file.size
-        return Original(*size, colour=file.mode not in GREY_MODES and not file.mode.startswith(("I", "F")))
+        several = _has_several(file)
+        to_full_page(file)
+        grey = file.mode in GREY_MODES or file.mode.startswith(("I", "F")) or _raw_mode(file).startswith("LA")
+        size = file.size[::-1] if _lies_on_its_side(file) else file.size  # loads a PNG
+        return Original(*size, colour=not grey, several=several)
 
 
 class Decoded(NamedTuple):
@@ -95,15 +105,17 @@ def decode_to_shape(source: bytes | str, channels: int, shapes: Sequence[Shape],
     except BadImageError:
         raise
     except Exception as error:  # a damaged file may raise anything from any of the decoders
-        raise BadImageError(_reason(error, source)) from None
+        raise BadImageError(why_unreadable(error, source)) from None
 
 
 def _decode(source: bytes | str, channels: int, shapes: Sequence[Shape], crop: str, background: str) -> Decoded:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
+        to_full_page(file)
         width, height = file.size
         if min(width, height) < 2:
             raise BadImageError(f"is {width} x {height} pixels, expected at least 2 a side")
-        transparency = _transparency(file)
+        transparency, depth = _transparency(file), depth_of(file, source)
+        profile = profile_of(file, source)  # a TIFF's EXIF is out of reach once it is loaded
         if file.format not in DRAFTED:
             file.load()  # now a TIFF is upright, and a PNG's EXIF tag known
         upright = file.size[::-1] if _lies_on_its_side(file) else file.size
@@ -116,8 +128,9 @@ def _decode(source: bytes | str, channels: int, shapes: Sequence[Shape], crop: s
         if transparency is not None:
             file.info["transparency"] = transparency
         sides = reduced[1][2:] if reduced else file.size
-        profile = profile_of(file, source)
-        image = _resized(_resizable(file, keep_cmyk=bool(profile)), sides, target, crop)
+        opaque = file.format == "TGA" and has_unused_alpha(head_of(source))
+        resizable = _resizable(file.convert("RGB") if opaque else file, depth, keep_cmyk=bool(profile))
+        image = _resized(resizable, sides, target, crop)
     image = _upright(in_srgb(image, profile))
     if image.width < shape.width or image.height < shape.height:
         raise BadImageError("has an EXIF orientation that cannot be read reliably")
@@ -130,13 +143,30 @@ def _decode(source: bytes | str, channels: int, shapes: Sequence[Shape], crop: s
 
 def _transparency(file: Image.Image) -> Any:
     """A PNG's transparent colour in 8 bits, before it is loaded; PIL scales its samples, and leaves this as it is."""
-    colour, tiles = file.info.get("transparency"), getattr(file, "tile", None)
-    depth = str(tiles[0][3]) if file.format == "PNG" and tiles else ""
-    if isinstance(colour, int) and depth in ("L;2", "L;4"):
-        return colour * (85 if depth == "L;2" else 17)
-    if isinstance(colour, tuple) and depth == "RGB;16B":
+    colour, raw_mode = file.info.get("transparency"), _raw_mode(file)
+    if isinstance(colour, int) and raw_mode in ("L;2", "L;4"):
+        return colour * (85 if raw_mode == "L;2" else 17)
+    if isinstance(colour, tuple) and raw_mode == "RGB;16B":
         return tuple(sample >> 8 for sample in colour)
     return colour
+
+
+def _raw_mode(file: Image.Image) -> str:
+    """How a PNG that is not loaded yet holds its samples, in PIL's terms; nothing for other formats."""
+    tiles = getattr(file, "tile", None)
+    return str(tiles[0][3]) if file.format == "PNG" and tiles else ""
+
+
+def _has_several(file: Image.Image) -> bool:
+    """Whether a file has several frames, or pages that are no reduced copies of others."""
+    if file.format == "MPO" or not getattr(file, "is_animated", False):  # MPO: a photo, and its depth or preview
+        return False
+    try:
+        return file.format != "TIFF" or sum(not is_reduced(page) for page in ImageSequence.Iterator(file)) > 1
+    except Exception:  # a page that is damaged is not used
+        return True
+    finally:
+        file.seek(0)
 
 
 def _lies_on_its_side(file: Image.Image) -> bool:
@@ -155,13 +185,15 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _resizable(image: Image.Image, keep_cmyk: bool) -> Image.Image:
+def _resizable(image: Image.Image, depth: Depth, keep_cmyk: bool) -> Image.Image:
     """The same picture in L, RGB, RGBA, or CMYK if asked: the modes that can be resized without loss of meaning."""
     if image.mode.startswith(("I", "F")):
-        return eight_bits(image)
-    check_channels(image)
+        return eight_bits(image, depth)
+    check_channels(image, depth)
     if image.mode == "CMYK" and keep_cmyk:
         return image
+    if image.mode == "La":  # grey multiplied by its alpha
+        image = image.convert("LA")
     if image.has_transparency_data:
         return image.convert("RGBA")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
@@ -182,27 +214,3 @@ def _resized(image: Image.Image, sides: tuple[float, float], shape: Shape, crop:
         if across * down > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise BadImageError(f"is {width:g} x {height:g} pixels: too long and narrow to become {across} x {down}")
     return image.resize((across, down), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-
-
-def _reason(error: Exception, source: bytes | str) -> str:
-    detail = " ".join(str(error).split())[:200] or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):
-        empty = len(source) == 0 if isinstance(source, bytes) else os.path.getsize(source) == 0
-        known = unread_format(_head(source)) or "is not a picture in any known format, or damaged at its start"
-        return "is empty (0 bytes)" if empty else known
-    if isinstance(error, Image.DecompressionBombError):
-        return f"is too large: {detail}"
-    if isinstance(error, FileNotFoundError):
-        return "does not exist"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"cannot be read: {error.strerror}"
-    if isinstance(error, MemoryError):
-        return "needs more memory than there is"
-    return f"is damaged or cut off: {detail}"
-
-
-def _head(source: bytes | str) -> bytes:
-    if isinstance(source, bytes):
-        return source[:HEAD]
-    with open(source, "rb") as file:
-        return file.read(HEAD)

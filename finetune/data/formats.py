@@ -1,6 +1,8 @@
-"""The formats of pictures that are read, and the names of those that are not, told by a file's first bytes."""
+"""The formats of pictures that are read, and why a file is none of them, told by its first bytes."""
 
-from PIL import Image
+import os
+
+from PIL import Image, UnidentifiedImageError
 
 # Plugins that only decode: EPS, for one, would start Ghostscript on an untrusted program.
 FORMATS: tuple[str, ...] = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX")
@@ -39,6 +41,8 @@ _FIRST_BYTES = {
     b"Rar!": "a RAR archive",
     b"7z\xbc\xaf": "a 7z archive",
 }
+_READ = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF", b"\xff\xd8\xff": "JPEG"}
+_READ |= {b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"\0\0\0\x0cjP  ": "JPEG 2000"}
 _TEXTS = {b"<svg": "an SVG drawing", b"<!doctype html": "an HTML page", b"<html": "an HTML page"}
 
 
@@ -56,4 +60,36 @@ def unread_format(head: bytes) -> str | None:
     for start, name in _FIRST_BYTES.items():
         if head.startswith(start):
             return f"is {name}: {'unpack it' if 'archive' in name else _CONVERT}"
+    for start, name in _READ.items():
+        if head.startswith(start):
+            return (
+                f"is a {name} picture of a kind that Pillow does not decode (its bits, channels or compression), or "
+                f"damaged: {_CONVERT} with samples of 8 bits"
+            )
     return None
+
+
+def why_unreadable(error: Exception, source: bytes | str) -> str:
+    """Why decoding a picture, its bytes or the file at a path, failed with an error; to follow its name."""
+    detail = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        empty = len(source) == 0 if isinstance(source, bytes) else os.path.getsize(source) == 0
+        known = unread_format(head_of(source)) or "is not a picture in any known format, or damaged at its start"
+        return "is empty (0 bytes)" if empty else known
+    if isinstance(error, Image.DecompressionBombError):
+        return f"is too large: {detail}"
+    if isinstance(error, FileNotFoundError):
+        return "does not exist"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is"
+    return f"is damaged or cut off: {detail}"
+
+
+def head_of(source: bytes | str) -> bytes:
+    """The first bytes of a picture, of the file at a path."""
+    if isinstance(source, bytes):
+        return source[:HEAD]
+    with open(source, "rb") as file:
+        return file.read(HEAD)

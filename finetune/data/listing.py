@@ -9,26 +9,13 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from finetune.core.errors import UserError
 from finetune.data.formats import PICTURES
+from finetune.data.thumbnails import SERVER, thumbnails
 
 READERS = dict.fromkeys(PICTURES, "imagefolder")
 READERS |= {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 OTHER_PICTURES = set(ImageFolder.EXTENSIONS) - {".mpg", ".mpeg"}
-OTHER_PICTURES |= {
-    ".avif",
-    ".heics",
-    ".heifs",
-    ".xcf",
-    ".heic",
-    ".heif",
-    ".hif",
-    ".jxl",
-    ".jxr",
-    ".svg",
-    ".exr",
-    ".hdr",
-    ".raw",
-    ".dng",
-}
+OTHER_PICTURES |= {".avif", ".heics", ".heifs", ".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".xcf"}
+OTHER_PICTURES |= {".exr", ".hdr", ".raw", ".dng"}
 OTHER_PICTURES |= {".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}  # of cameras
 OTHER_PICTURES -= PICTURES
 # Made by servers, file managers and systems: thumbnails, waste baskets, snapshots. All in lower case.
@@ -38,6 +25,7 @@ SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 RUN_FILES = {"config.yaml", "metrics.jsonl"}  # a folder with both is a run's output_dir
 RUN_OUTPUT = re.compile(r"samples|pipeline|lora|tensorboard|checkpoint-.*|loss_curve\.png|" + "|".join(RUN_FILES))
 OTHER = "other files"  # the reason to leave out what nothing here reads
+CAPTIONS = ".txt", ".TXT"  # extensions of texts beside pictures
 EXAMPLES = 3  # names that a note gives for a kind of file
 
 
@@ -93,16 +81,24 @@ def list_folder(path: str, output_dir: str | None = None, captioned: bool = Fals
             left_out.setdefault(reason, []).extend(_inside(path, os.path.join(folder, name)))
         for name in names:
             file = os.path.normpath(os.path.join(here, name))
+            reader = "metadata" if _is_metadata(name) else READERS.get(_extension(name), "")
             if (why := _reason_to_leave_out(name, is_run)) is not None:
                 left_out.setdefault(why, []).append(file)
             else:
-                reader = "metadata" if name in ImageFolder.METADATA_FILENAMES else READERS[_extension(name)]
+                if reader == "metadata" and not os.path.isfile(os.path.join(folder, name)):
+                    raise UserError(  # reading a pipe would wait for ever
+                        f"data.source: {path}: found {printable(file)}, which is a metadata file by its name and no "
+                        "regular file (a broken link, a named pipe or a socket); replace or remove it"
+                    )
                 found.setdefault(reader, []).append(_in_utf8(file, path))
     metadata = sorted(found.pop("metadata", []))
+    # Metadata files say themselves which pictures are used.
+    if small := set() if metadata else thumbnails(path, found.get("imagefolder", ())):
+        left_out["thumbnails of pictures beside them"] = sorted(small)
+        found["imagefolder"] = [file for file in found["imagefolder"] if file not in small]
     if captioned:
         stems = {os.path.splitext(file)[0] for file in found.get("imagefolder", ())}
-        texts = {f"{stem}.txt" for stem in stems}
-        left_out[OTHER] = [file for file in left_out.get(OTHER, ()) if file not in texts]
+        left_out[OTHER] = [file for file in left_out.get(OTHER, ()) if not _is_text_beside(file, stems)]
     notes = [_note(reason, files) for reason, files in left_out.items() if files]
     return Listing({reader: sorted(files) for reader, files in found.items()}, metadata, notes)
 
@@ -164,15 +160,24 @@ def _is_system(folder: str) -> bool:
 
 
 def _reason_to_leave_out(name: str, is_run: bool) -> str | None:
-    if name.startswith(".") or name.lower() in SYSTEM_FILES:
+    if name.startswith(".") or name.lower() in SYSTEM_FILES or SERVER.fullmatch(name):
         return "hidden and system files"
     if is_run and RUN_OUTPUT.fullmatch(name):
         return "files of a run's output"
-    if name in ImageFolder.METADATA_FILENAMES or _extension(name) in READERS:
+    if _is_metadata(name) or _extension(name) in READERS:
         return None
     if _extension(name) in OTHER_PICTURES:
         return "pictures in formats that cannot be read here, to be converted to PNG or JPEG"
     return OTHER
+
+
+def _is_metadata(name: str) -> bool:
+    return name.lower() in ImageFolder.METADATA_FILENAMES
+
+
+def _is_text_beside(file: str, stems: set[str]) -> bool:
+    stem, extension = os.path.splitext(file)
+    return extension in CAPTIONS and stem in stems
 
 
 def _inside(path: str, folder: str) -> list[str]:

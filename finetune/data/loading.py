@@ -13,7 +13,7 @@ from finetune.core.kind import ImageFormat
 from finetune.core.shapes import Shape
 from finetune.data.cache import decoded
 from finetune.data.caption_sources import read_captions
-from finetune.data.changes import changes_to_shapes, changes_to_squares
+from finetune.data.changes import changes_to_shapes, changes_to_squares, first_frames
 from finetune.data.damage import is_pointer
 from finetune.data.decode import check_format, decode, decode_to_shape, original, quiet
 from finetune.data.order import held_out
@@ -23,7 +23,6 @@ from finetune.data.pixels import (
     SHAPED_FEATURES,
     BadImageError,
     Images,
-    Original,
     error_row,
     pixel_row,
     shaped_row,
@@ -129,6 +128,7 @@ def _load(
             f"left out {len(problems)} of {len(table)} images of {split!r}, which are bad (on_bad_image: skip):"
         )
         notes += [f"  {line}" for line in _listed(problems)]
+    notes += first_frames(table, good, name)
     if shapes is None:
         notes += changes_to_squares(table, good, image_format)
     else:
@@ -176,7 +176,7 @@ def _decode_row(image: dict[str, Any] | None, folders: tuple[str, ...], **option
         if "shapes" in options:
             shapes = [Shape(*sides) for sides in options["shapes"]]
             made = decode_to_shape(encoded, **options | {"shapes": shapes})
-            size = Original(made.width, made.height, original(encoded).colour)
+            size = original(encoded)._replace(width=made.width, height=made.height)
             return shaped_row(made.pixels, size, made.shape)
         return pixel_row(decode(encoded, **options), original(encoded))
     except BadImageError as error:

@@ -44,7 +44,7 @@ def read_metadata(path: str, files: Sequence[str]) -> tuple[pa.Table, list[str]]
     tables: list[tuple[str, Columns]] = []
     for file in files:
         full = os.path.join(path, file)
-        columns = READERS[os.path.splitext(file)[1]](full)
+        columns = READERS[os.path.splitext(file)[1].lower()](full)
         tables.append((full, _with_pictures(columns, os.path.dirname(full), full)))
     pictures = sorted({name for _, columns in tables for name in columns if isinstance(columns[name], Pictures)})
     merged: Columns = {name: [] for _, columns in tables for name in columns}

@@ -17,7 +17,7 @@ from finetune.core.shapes import Shape
 from finetune.data.captions import Captions
 from finetune.data.order import Indices
 
-FORMAT = 4  # of cached rows: bump it when decoding changes
+FORMAT = 5  # of cached rows: bump it when decoding changes
 FEATURES = datasets.Features(
     pixels=datasets.Value("large_binary"),  # channels x height x width bytes; none of a bad picture
     height=datasets.Value("int32"),
@@ -27,6 +27,7 @@ FEATURES = datasets.Features(
     original_width=datasets.Value("int32"),
     original_height=datasets.Value("int32"),
     original_colour=datasets.Value("bool"),
+    original_several=datasets.Value("bool"),
 )
 # Where pictures have many shapes, also what is trained of each; `original_*` is then upright.
 SHAPED_FEATURES = datasets.Features(
@@ -195,6 +196,7 @@ class Original(NamedTuple):
     width: int
     height: int
     colour: bool
+    several: bool = False  # frames or pages, of which the first is used
 
 
 def pixel_row(pixels: Pixels, original: Original | None = None) -> Row:
@@ -203,9 +205,9 @@ def pixel_row(pixels: Pixels, original: Original | None = None) -> Row:
     digest = hashlib.blake2b(repr(pixels.shape).encode() + data, digest_size=8).digest()
     height, width = pixels.shape[:2]
     checksum = int.from_bytes(digest, "little", signed=True)
-    width0, height0, colour = original or Original(width, height, pixels.shape[2] > 1)
+    original = original or Original(width, height, pixels.shape[2] > 1)
     row: Row = {"pixels": data, "height": height, "width": width, "checksum": checksum, "error": None}
-    return row | {"original_width": width0, "original_height": height0, "original_colour": colour}
+    return row | {f"original_{name}": value for name, value in original._asdict().items()}
 
 
 def shaped_row(pixels: Pixels, original: Original, shape: Shape) -> Row:
@@ -216,5 +218,5 @@ def shaped_row(pixels: Pixels, original: Original, shape: Shape) -> Row:
 def error_row(reason: str) -> Row:
     """The row of a bad picture."""
     row: Row = {"pixels": b"", "height": 0, "width": 0, "checksum": 0, "error": reason}
-    row |= {"original_width": 0, "original_height": 0, "original_colour": False}
+    row |= {f"original_{name}": value for name, value in Original(0, 0, False)._asdict().items()}
     return row | {"shape_height": 0, "shape_width": 0}

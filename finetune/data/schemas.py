@@ -1,10 +1,12 @@
-"""Parquet and arrow files that are read as one table: whether their columns mean the same."""
+"""Files that are read as one table: whether their columns mean the same, and the classes that a README.md names."""
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from finetune.core.errors import UserError, first_line
@@ -61,6 +63,41 @@ def with_classes(file: str, classes: Mapping[str, datasets.ClassLabel]) -> datas
                 f"{', '.join(label.names[:20])} in README.md; expected the same: correct one of them"
             )
     return datasets.Features({**features, **new}) if new else None
+
+
+def named_classes(table: datasets.Dataset, classes: Mapping[str, datasets.ClassLabel], where: str) -> datasets.Dataset:
+    """A dataset with classes for its columns of integers or texts; nothing of its other columns is copied.
+
+    Args:
+        where: the files that it was read from, for the error.
+
+    Raises:
+        UserError: a value is none of the classes.
+    """
+    data, features = table.data.table, datasets.Features(table.features)
+    for name, label in classes.items():
+        kind = features.get(name)
+        if not isinstance(kind, datasets.Value) or not any(is_it(kind.pa_type) for is_it in TYPES.values()):
+            continue
+        values, count = data.column(name).combine_chunks(), len(label.names)
+        if TYPES["texts"](kind.pa_type):
+            rows = pc.index_in(values, value_set=pa.array(label.names, kind.pa_type)).cast(pa.int64())
+            unknown = values.filter(pc.and_(values.is_valid(), rows.is_null()))
+        else:
+            rows = values.cast(pa.int64())
+            unknown = rows.filter(pc.or_(pc.less(rows, -1), pc.greater_equal(rows, count)))  # -1: no label
+        if len(unknown):
+            raise UserError(
+                f"data.source: found {unknown[0].as_py()!r} in {name!r} of {where}; expected one of the "
+                f"{count} classes that README.md names: {', '.join(label.names[:20])}"
+            )
+        data = data.set_column(data.column_names.index(name), pa.field(name, pa.int64()), rows)
+        features[name] = label
+    if features == table.features:
+        return table
+    identity = hashlib.blake2b(repr((table._fingerprint, features)).encode(), digest_size=8)
+    info = datasets.DatasetInfo(features=features)
+    return datasets.Dataset(data, info, table.split, fingerprint=identity.hexdigest())
 
 
 def _rows(file: str) -> int:

@@ -26,7 +26,7 @@ from finetune.core.errors import UserError
 from finetune.data.card import default_configuration
 from finetune.data.damage import check_files
 from finetune.data.listing import READERS, by_kind, check_output, list_folder, printable
-from finetune.data.tables import build, build_described, build_pictures, build_tables, unnamed
+from finetune.data.tables import build, build_described, build_pictures, build_tables, naming
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -182,7 +182,7 @@ def _open_folder(path: str, output_dir: str | None, captioned: bool) -> Source:
         return Source(build_pictures(path, by_split, options.get("drop_labels")), (path,), notes)
     whole = by_split if splits is None else splits
     tables = build_described(path, whole, listing.metadata, splits is not None, options.classes)
-    return Source(tables, (path,), notes + unnamed(path, files, tables))
+    return Source(tables, (path,), notes + naming(path, files, tables))
 
 
 def _refuse_saved_inside(path: str, files: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from finetune.data.archives import check_archives
 from finetune.data.damage import broken_table, check_files, check_metadata
 from finetune.data.listing import EXAMPLES, by_kind
 from finetune.data.metadata import read_metadata
-from finetune.data.schemas import check_schemas, with_classes, with_rows
+from finetune.data.schemas import check_schemas, named_classes, with_classes, with_rows
 
 Classes = Mapping[str, datasets.ClassLabel]
 
@@ -35,7 +36,7 @@ def build_tables(
     """Tables from the paths of parquet, arrow or tar files, by split.
 
     Args:
-        classes: by column of parquet and arrow files, classes that the files themselves do not name.
+        classes: by column, classes that the files themselves do not name.
     """
     check_files(file for split in files.values() for file in split)
     if reader == "parquet":
@@ -50,7 +51,11 @@ def build_tables(
             if classes and "features" not in options and (features := with_classes(paths[0], classes)):
                 names = options.get("columns") or features
                 options["features"] = datasets.Features({name: features[name] for name in names})
-        return build(reader, data_files=patterns, **options)
+        tables = build(reader, data_files=patterns, **options)
+        if reader == "webdataset" and classes:
+            where = ", ".join(map(os.path.basename, paths[:EXAMPLES]))
+            tables = {split: named_classes(table, classes, where) for split, table in tables.items()}
+        return tables
     except UserError:
         raise
     except Exception:
@@ -124,16 +129,24 @@ def _described(path: str, metadata: list[str], classes: Classes) -> datasets.Dat
     return datasets.Dataset(table_cast(table, features.arrow_schema), fingerprint=identity.hexdigest())
 
 
-def unnamed(path: str, files: list[str], tables: dict[str, datasets.Dataset]) -> list[str]:
-    """A note on pictures that no row of the metadata names."""
+def naming(path: str, files: list[str], tables: dict[str, datasets.Dataset]) -> list[str]:
+    """Notes on pictures that no row of the metadata names, or several rows of a split."""
     named: set[str] = set()
+    twice: set[str] = set()
     for table in tables.values():
         for column in _picture_columns(table):
-            pictures = table.data.column(column)
-            named |= {os.path.normpath(name) for name in pc.struct_field(pictures, "path").to_pylist() if name}
-    missing = [file for file in files if os.path.join(path, file) not in named]
-    count = f"{len(missing)} of {len(files)} pictures"
-    return [f"left out {count}, which no metadata file names: {by_kind(missing, EXAMPLES)}"] if missing else []
+            paths = pc.struct_field(table.data.column(column), "path").to_pylist()
+            names = Counter(os.path.relpath(name, path) for name in paths if name)
+            twice |= {name for name, count in names.items() if count > 1}
+            named |= names.keys()
+    missing = [file for file in files if file not in named]
+    notes = []
+    if missing:
+        count = f"{len(missing)} of {len(files)} pictures"
+        notes.append(f"left out {count}, which no metadata file names: {by_kind(missing, EXAMPLES)}")
+    if twice:
+        notes.append(f"named by several rows, each of which is an image: {by_kind(twice, EXAMPLES)}")
+    return notes
 
 
 def _picture_columns(table: datasets.Dataset) -> list[str]:

@@ -62,8 +62,9 @@ class ClassConditional(Unconditional):
         made_for: int | None,
         class_names: Sequence[str],
         shapes: list[Shape] | None = None,
+        variant: str | None = None,
     ):
-        super().__init__(network, noise_scheduler, made_for)
+        super().__init__(network, noise_scheduler, made_for, variant=variant)
         self.shapes = shapes or self.shapes
         self.class_names = list(class_names)
 
@@ -117,7 +118,7 @@ def with_classes(kind: Unconditional, class_names: Sequence[str], seed: int) -> 
                 f"data.label_column: found the classes {', '.join(unknown[:10])}, which the pretrained model does not "
                 f"have; expected some of {', '.join(stored[:20])}"
             )
-        return ClassConditional(network, kind.noise_scheduler, kind.made_for, stored, kind.shapes)
+        return ClassConditional(network, kind.noise_scheduler, kind.made_for, stored, kind.shapes, kind.variant)
     if known is not None:
         names = [str(row) for row in range(len(known))]
         unknown = [name for name in class_names if name not in names]
@@ -137,4 +138,4 @@ def with_classes(kind: Unconditional, class_names: Sequence[str], seed: int) -> 
         embedding.weight.copy_(torch.cat([rows, torch.zeros_like(rows[:1])]))
     network.class_embedding = embedding
     network.register_to_config(num_class_embeds=len(names) + 1)
-    return ClassConditional(network, kind.noise_scheduler, kind.made_for, names, kind.shapes)
+    return ClassConditional(network, kind.noise_scheduler, kind.made_for, names, kind.shapes, kind.variant)

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from finetune.core.errors import UserError, first_line
 from finetune.models.hub import is_loaded, read_json, variant
+from finetune.models.untrusted import check_plain
 
 PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 NETWORKS: dict[str, type[Any]] = {
@@ -78,6 +79,12 @@ class Folder:
         return self.path.absolute().name if os.path.isdir(self.name) else self.name
 
     @property
+    def variant(self) -> str | None:
+        """Variants, such as fp16, of weights that there are no others of."""
+        found = {variant(self.path / part) or "" for part in ("unet", "vae", *self.text_encoders)}
+        return " and ".join(sorted(found - {""})) or None
+
+    @property
     def sized(self) -> bool:
         """Whether the UNet is told the size and the crop of an image, as SDXL's is."""
         return self.pipeline_class is StableDiffusionXLPipeline
@@ -103,6 +110,7 @@ class Folder:
             UserError: if the weights cannot be loaded safely, or do not fit the config.
         """
         folder = self.path / part
+        check_plain(folder, self.config(part))
         options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # a bar for each component
         try:
@@ -145,9 +153,23 @@ class Folder:
             )
         return tokenizer
 
-    def load_feature_extractor(self) -> Any:
-        """What the safety checker sees of a picture."""
-        return CLIPImageProcessor.from_pretrained(self.path / "feature_extractor", local_files_only=True)
+    def load_checker(self) -> dict[str, Any]:
+        """The components that look for unsafe pictures, by name; none if the pipeline comes without them.
+
+        Raises:
+            UserError: if they cannot be loaded safely.
+        """
+        if not (self.has("safety_checker") and self.has("feature_extractor")):
+            return {}
+        folder = self.path / "feature_extractor"
+        try:
+            extractor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise UserError(
+                f"model.pretrained: {folder}: the feature extractor cannot be loaded ({first_line(error)}); expected "
+                "that of CLIP"
+            ) from error
+        return {"safety_checker": self.load("safety_checker"), "feature_extractor": extractor}
 
     def digest(self, parts: Sequence[str]) -> str:
         """A hash of all files of some components that a result depends on: configs, weights, vocabularies."""

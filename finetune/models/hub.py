@@ -1,17 +1,26 @@
 """Pipelines on disk and on the hub: found, read, exported, uploaded."""
 
+import glob
 import inspect
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import (
+    create_repo,
+    get_cached_repo_tree,
+    hf_hub_download,
+    list_repo_files,
+    snapshot_download,
+    upload_folder,
+)
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from finetune.core.errors import UserError, first_line
 from finetune.core.files import writing
@@ -21,8 +30,11 @@ _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model|pytorch_model)(\.\w+)??(-
 
 def variant(folder: Path) -> str | None:
     """The variant of a component's weights to load: None unless a folder has only variants, such as fp16."""
-    matches = [match for file in folder.glob("*") if (match := _WEIGHTS.fullmatch(file.name))]
-    found = {(match[2] or "").lstrip(".") for match in matches}
+    return _variant_among(file.name for file in folder.glob("*"))
+
+
+def _variant_among(names: Iterable[str]) -> str | None:
+    found = {(match[2] or "").lstrip(".") for name in names if (match := _WEIGHTS.fullmatch(name))}
     return None if not found or "" in found else min(found)
 
 
@@ -41,12 +53,39 @@ def pipeline_folder(name: str) -> Path:
     if os.path.isdir(name):
         return Path(name)
     try:
-        return Path(DiffusionPipeline.download(name))
+        return Path(snapshot_download(name, allow_patterns=[glob.escape(file) for file in _files_to_load(name)]))
+    except UserError:
+        raise
     except Exception as error:  # the hub's client raises a dozen, from a malformed id to no route to the host
         raise UserError(
             f"model.pretrained: {name!r} is not a local folder, and the download failed ({first_line(error)}); give "
             "the folder of a pipeline or a hub id, and check the connection and the login"
         ) from error
+
+
+def _files_to_load(name: str) -> Iterator[str]:
+    """Of a pipeline on the hub, the configs, vocabularies and weights of its components; never code.
+
+    (`DiffusionPipeline.download` fetches code where a pipeline names it, and of a repository that has only variants
+    fetches no weights at all.)
+    """
+    index = read_json(Path(hf_hub_download(name, "model_index.json")), name, "the index of a pipeline")
+    try:
+        files = list_repo_files(name)
+    except Exception as error:  # as above; what was downloaded before is there without the hub too
+        try:
+            files = [file.path for file in get_cached_repo_tree(name)]
+        except CachedRepoTreeNotFoundError:
+            raise error from None
+    by_folder: dict[str, list[str]] = {}
+    for file in files:
+        by_folder.setdefault(os.path.dirname(file), []).append(os.path.basename(file))
+    for folder in by_folder.keys() & {"", *index}:  # the earliest pipelines keep everything at the top
+        names = by_folder[folder]
+        weights = [file for file in names if is_loaded(file, _variant_among(names))]
+        safe = [file for file in weights if file.endswith(".safetensors")]
+        described = [file for file in names if file.endswith((".json", ".txt"))]
+        yield from (os.path.join(folder, file) for file in (safe or weights) + described)
 
 
 def read_json(file: Path, name: str, expected: str) -> dict[str, Any]:

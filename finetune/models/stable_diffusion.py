@@ -47,6 +47,7 @@ class StableDiffusion:
     ):
         self.folder, self.network, self.noise_scheduler, self.made_for = folder, network, noise_scheduler, made_for
         self._encoders, self.class_names = encoders, list[str]()
+        self.variant = folder.variant
         vae = folder.config("vae")
         self._scale = float(vae.get("scaling_factor", 0.18215))
         # Of a channel, where the VAE names them.
@@ -155,10 +156,7 @@ class StableDiffusion:
         folder = self.folder
         parts = {part: folder.load(part) for part in ("vae", *folder.text_encoders)}
         parts |= dict(zip(folder.tokenizers, self._encoders.tokenizers, strict=True))
-        if folder.has("safety_checker") and folder.has("feature_extractor"):
-            parts |= {"safety_checker": folder.load("safety_checker")}
-            parts |= {"feature_extractor": folder.load_feature_extractor()}
-        return bare_pipeline(folder, unet=self.network, scheduler=self.sampler(), **parts)
+        return bare_pipeline(folder, unet=self.network, scheduler=self.sampler(), **parts, **folder.load_checker())
 
     def sampler(self) -> Any:
         """The noise scheduler that the pipeline came with, with the settings that the run's config changes in it."""

@@ -70,6 +70,8 @@ class StableDiffusionOutline:
         network.register_to_config(sample_size=self.resolution // self.factor)
         encoders = PipelineEncoders(self.folder, self.resolution)
         encoders.check()
+        if self.config.lora is None:
+            self.folder.load_checker()  # which the export will need
         _check_unet(network, encoders, self.folder)
         network.requires_grad_(True).train()  # of LoRA, the adapters alone
         if self.config.gradient_checkpointing:

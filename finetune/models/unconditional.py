@@ -11,7 +11,7 @@ from finetune.config.inputs import ModelConfig
 from finetune.core.kind import Arguments, Batch, Encoders, ImageFormat
 from finetune.core.shapes import Shape
 from finetune.models.checks import check_finite, check_forward
-from finetune.models.hub import check_keys, write_pipeline
+from finetune.models.hub import check_keys, variant, write_pipeline
 from finetune.models.noise_schedulers import build_noise_scheduler
 from finetune.models.unet import (
     build_unet,
@@ -53,9 +53,11 @@ class Unconditional:
         noise_scheduler: DDPMScheduler,
         made_for: int | None = None,
         stored_class_names: list[str] | None = None,
+        variant: str | None = None,
     ):
         self.network, self.noise_scheduler, self.made_for = network, noise_scheduler, made_for
         self.stored_class_names, self.class_names = stored_class_names, list[str]()
+        self.variant = variant
         self.image_format = ImageFormat(network.config.in_channels, network.config.sample_size)
         self.divisor = 2 ** (len(network.config.block_out_channels) - 1)
         self.shapes = [Shape(self.image_format.resolution, self.image_format.resolution)]
@@ -153,8 +155,10 @@ class UnconditionalOutline:
         _check_shape(kind, kind.shapes[0])
 
     def _kind(self, network: UNet2DModel) -> Unconditional:
-        class_names = self.pretrained.class_names if self.pretrained else None
-        return Unconditional(network, self.noise_scheduler, self.made_for, class_names)
+        if self.pretrained is None:
+            return Unconditional(network, self.noise_scheduler, self.made_for)
+        named = self.pretrained.class_names, variant(self.pretrained.folder)
+        return Unconditional(network, self.noise_scheduler, self.made_for, *named)
 
     def load(self, seed: int) -> Unconditional:
         """The model with its pretrained weights, or with initial ones that the seed decides.

@@ -66,6 +66,9 @@ def plan(
     if trained < everything:
         parameters += f" trained beside {(everything - trained) / 1e6:.2f} M that are frozen"
     classes = f", {len(kind.class_names)} classes" if kind.class_names else ""
+    origin = config.model.pretrained or "from scratch"
+    if kind.variant:
+        origin += f" (its {kind.variant} weights, as there are no others)"
     resolution = str(kind.shapes[0]) if len(kind.shapes) == 1 else f"{len(kind.shapes)} shapes"
     if kind.made_for not in (None, size):
         resolution += f" (the model was made for {kind.made_for} x {kind.made_for})"
@@ -73,8 +76,7 @@ def plan(
         "Plan",
         {
             "device": f"{accelerator.device.type}, {layout.num_processes} process(es){threads}, {precision}",
-            "model": f"{config.model.pretrained or 'from scratch'}: {parameters}, "
-            f"{kind.noise_scheduler.config.prediction_type} prediction{classes}",
+            "model": f"{origin}: {parameters}, {kind.noise_scheduler.config.prediction_type} prediction{classes}",
             "images": f"{num_images} to train on, {num_held_out} held out; {resolution}, {channels} channel(s)",
             **({"pictures": "\n".join(notes)} if notes else {}),
             "batch": f"{batch} = {layout.micro_batch_size} per micro-batch x {layout.gradient_accumulation_steps} "

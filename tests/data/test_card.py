@@ -1,12 +1,15 @@
 """A local dataset whose README.md has `configs:` is read as `datasets.load_dataset` reads it."""
 
+import io
 import json
 import shutil
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
@@ -14,7 +17,7 @@ from finetune.core.kind import ImageFormat
 from finetune.data.loading import load_data
 from finetune.data.sources import open_source
 from harness.configs import png
-from harness.folders import write_files
+from harness.folders import tar, write_files
 
 
 def write_table(file, count: int) -> None:
@@ -257,3 +260,45 @@ def test_other_class_names_than_the_files_own_are_refused(tmp_path):
     )
     assert "found the classes emu, fox in 'label' of" in problem(root)
     assert "and cat, dog in README.md" in problem(root)
+
+
+def labelled_tar(root, labels):
+    """WebDataset rows of a picture and a label: a number in .cls, a text in .txt."""
+    kind = "cls" if isinstance(labels[0], int) else "txt"
+    rows = {
+        f"{number}.{name}": content
+        for number, label in enumerate(labels)
+        for name, content in (("png", png(seed=number)), (kind, str(label).encode()))
+    }
+    tar(root / "x.tar", rows)
+    (root / "README.md").write_text(f"---\n{CLASSES.replace('name: label', f'name: {kind}')}---\n")
+    return kind
+
+
+@pytest.mark.parametrize("labels", [[1, 0, 1, -1], ["dog", "cat", "dog"]])
+def test_class_names_of_the_readme_are_kept_for_tar_files(tmp_path, labels):
+    column = labelled_tar(tmp_path, labels)
+    split = open_source(str(tmp_path)).splits["train"]
+    assert split.features[column] == datasets.ClassLabel(names=["cat", "dog"])
+    assert split[column][:] == [1, 0, 1, -1][: len(labels)]
+    config = DataConfig(source=str(tmp_path), label_column=column, labels=("dog",), validation_fraction=0.0)
+    images, _ = load_data(config, ImageFormat(1, 8), 0)
+    assert images.class_names == ["dog"]
+    for index, row in enumerate((0, 2)):
+        expected = np.asarray(Image.open(io.BytesIO(png(seed=row))))
+        assert (images[index][..., 0] == expected).all()
+
+
+@pytest.mark.parametrize(("labels", "found"), [([0, 5], "5"), ([-2, 0], "-2"), (["cat", "emu"], "'emu'")])
+def test_labels_of_tar_files_that_the_readme_does_not_name_are_refused(tmp_path, labels, found):
+    column = labelled_tar(tmp_path, labels)
+    assert problem(tmp_path) == (
+        f"data.source: found {found} in {column!r} of x.tar; expected one of the 2 classes that README.md names: "
+        "cat, dog"
+    )
+
+
+def test_class_names_for_other_columns_of_tar_files_change_nothing(tmp_path):
+    labelled_tar(tmp_path, [0, 5])
+    (tmp_path / "README.md").write_text(f"---\n{CLASSES}---\n")
+    assert open_source(str(tmp_path)).splits["train"]["cls"][:] == [0, 5]

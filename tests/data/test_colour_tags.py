@@ -1,4 +1,4 @@
-"""Colour spaces named by numbers in PNG, JPEG 2000 and AVIF files, by values worked out by hand."""
+"""Colour spaces named by numbers in EXIF, PNG, JPEG 2000 and AVIF files, by values worked out by hand."""
 
 import io
 import struct
@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from finetune.data.decode import decode
 from finetune.data.pixels import BadImageError
@@ -154,3 +154,65 @@ def test_code_points_of_avif():
     assert np.abs(shown(avif((200, 60, 60), 12, 13)) - [217, 42, 52]).max() <= 4
     with pytest.raises(BadImageError, match=r"high dynamic range \(PQ\)"):
         shown(avif((200, 60, 60), 9, 16))
+
+
+COLOUR_SPACE, INTEROPERABILITY = 0xA001, 0xA005  # EXIF's tags
+ADOBE = {COLOUR_SPACE: 2}
+ADOBE_BY_INDEX = {COLOUR_SPACE: 0xFFFF, INTEROPERABILITY: {1: "R03"}}
+
+
+def exif(tags: dict, orientation: int = 1) -> Image.Exif:
+    made = Image.Exif()
+    made[274] = orientation
+    made.get_ifd(0x8769).update(tags)
+    return made
+
+
+# Adobe RGB (200, 60, 60): by 563/256 linear (0.586, 0.0415, 0.0415), by the matrices of both spaces
+# (1.398 x 0.586 - 0.398 x 0.0415, 0.0415, 1.043 x 0.0415 - 0.043 x 0.0415) = (0.803, 0.0415, 0.0415).
+ADOBE_SHOWN = [232, 57, 57]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        (ADOBE, ADOBE_SHOWN),
+        (ADOBE_BY_INDEX, ADOBE_SHOWN),
+        ({COLOUR_SPACE: 1}, [200, 60, 60]),
+        ({COLOUR_SPACE: 0xFFFF}, [200, 60, 60]),  # "uncalibrated", without more
+        ({COLOUR_SPACE: 0xFFFF, INTEROPERABILITY: {1: "R98"}}, [200, 60, 60]),
+        ({}, [200, 60, 60]),
+    ],
+)
+def test_adobe_rgb_by_exif(kind, tags, expected):
+    options = {"quality": 100, "exif": exif(tags)} | ({"lossless": True} if kind == "WEBP" else {})
+    if kind == "TIFF":  # PIL writes the tags of EXIF there only so
+        options = {"tiffinfo": TiffImagePlugin.ImageFileDirectory_v2()}
+        options["tiffinfo"][0x8769] = tags
+    found = shown(encoded((200, 60, 60), kind=kind, **options))
+    assert np.abs(found - expected).max() <= 2, found
+
+
+def test_adobe_rgb_by_exif_of_a_grey_picture():
+    # (128 / 255)^2.199 = 0.220, in sRGB 0.506, 129 of 255
+    assert np.abs(shown(encoded(128, "L", "JPEG", exif=exif(ADOBE))) - 129).max() <= 1
+
+
+def test_a_profile_counts_before_exif():
+    data = encoded((200, 60, 60), kind="JPEG", quality=100, exif=exif(ADOBE), icc_profile=p3_profile())
+    assert np.abs(shown(data) - [217, 42, 52]).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF", "TIFF", "PNG"])
+def test_a_profile_is_converted_in_every_format_and_the_picture_stands_upright(kind):
+    """Display P3, its upper half (200, 60, 60), its lower half black; stored as orientation 3, upside down."""
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:8] = 200, 60, 60
+    file, options = io.BytesIO(), {"TIFF": {}, "PNG": {}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}
+    options = options.get(kind, {"quality": 100})
+    upside_down = Image.fromarray(np.ascontiguousarray(picture[::-1, ::-1]))
+    upside_down.save(file, kind, exif=exif({}, orientation=3), icc_profile=p3_profile(), **options)
+    pixels = decode(file.getvalue(), 3, 16, "center", "white").astype(int)
+    assert np.abs(pixels[2, 8] - [217, 42, 52]).max() <= 4
+    assert pixels[13, 8].max() <= 4

@@ -19,6 +19,14 @@ TABLE = [
     (b"<!DOCTYPE html><html>", "is an HTML page: download the picture again"),
     (b"PK\x03\x04", "is a zip archive: unpack it"),
     (b"%PDF-1.7", f"is a PDF file: {CONVERT}"),
+    *(
+        (
+            start,
+            f"is a {name} picture of a kind that Pillow does not decode (its bits, channels or compression), or "
+            f"damaged: {CONVERT} with samples of 8 bits",
+        )
+        for start, name in ((b"\xff\xd8\xff", "JPEG"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"\x89PNG", "PNG"))
+    ),
 ]
 
 
@@ -36,6 +44,6 @@ def test_without_a_decoder_avif_is_named(monkeypatch):
     assert unread_format(b"\0\0\0\x20ftypavif") == (f"is an AVIF picture, which this Pillow cannot decode: {CONVERT}")
 
 
-@pytest.mark.parametrize("head", [b"", b"It says .png but it is a letter.", b"\xff\xd8\xff"])
+@pytest.mark.parametrize("head", [b"", b"It says .png but it is a letter.", b"\xff\xd8"])
 def test_unknown_bytes_are_not_named(head):
     assert unread_format(head) is None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from finetune.run import manifest
+from harness.bombs import BOMBS, plain_pickle
 from harness.checkpoints import FILES, FOREIGN
 from harness.processes import Outcome, nothing, run
 from harness.undisturbed import undisturbed
@@ -19,36 +20,6 @@ from harness.undisturbed import undisturbed
 def base(tmp_path_factory):
     """A config, and a run of it: two checkpoints and a pipeline."""
     return undisturbed(tmp_path_factory.mktemp("base"), images=8, before=nothing, checkpoint={"every_steps": 1})
-
-
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
-def plain_pickle(marker):
-    return pickle.dumps(Bomb(marker))
-
-
-def torch_archive(marker):
-    file = io.BytesIO()
-    torch.save({"state": Bomb(marker)}, file)
-    return file.getvalue()
-
-
-def torch_legacy(marker):
-    """As torch saved it until 1.6."""
-    file = io.BytesIO()
-    torch.save({"state": Bomb(marker)}, file, _use_new_zipfile_serialization=False)
-    return file.getvalue()
-
-
-BOMBS = [plain_pickle, torch_archive, torch_legacy]
 
 
 @pytest.mark.parametrize("bomb", BOMBS)

@@ -1,0 +1,108 @@
+"""Pipelines of a hub: what is fetched of a repository, by the hub's own client from a server on this machine."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from harness.configs import ROOT, tiny_config, write_config, write_pictures
+from harness.hub import serving
+from harness.pipelines import save_pipeline
+from harness.processes import launch
+
+FOREIGN = [  # files of repositories that no component needs
+    *("v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "pipeline.py", "unet/modeling.py", "README.md", "preview.png"),
+    *("unet/flax_model.msgpack", "unet/model.onnx", "controlnet/diffusion_pytorch_model.safetensors"),
+]
+CONFIGS = {
+    *("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"),
+    *("text_encoder/config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
+}
+WEIGHTS = {"unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    return tmp_path_factory.mktemp("full") / "sd"
+
+
+@pytest.fixture(scope="module")
+def repositories(full, tmp_path_factory):
+    """Of one pipeline: full weights and half ones side by side, half ones alone, half ones of the UNet alone."""
+    save_pipeline(full)
+    base = tmp_path_factory.mktemp("repositories")
+    half = DiffusionPipeline.from_pretrained(full).to(torch.float16)
+    half.save_pretrained(base / "half", variant="fp16")
+    shutil.copytree(base / "half", base / "both")
+    shutil.copytree(full, base / "both", dirs_exist_ok=True)
+    shutil.copytree(base / "half", base / "mixed")
+    shutil.copytree(full, base / "mixed", dirs_exist_ok=True)
+    (base / "mixed/unet/diffusion_pytorch_model.safetensors").unlink()
+    half.save_pretrained(base / "shards", variant="fp16", max_shard_size="20KB")
+    for name in ("half", "both", "mixed", "shards"):
+        for file in FOREIGN:
+            (base / name / file).parent.mkdir(exist_ok=True)
+            (base / name / file).write_bytes(b"raise SystemExit('was run')")
+    return base
+
+
+FETCH = """
+import sys
+from finetune.models.hub import pipeline_folder
+print(*map(pipeline_folder, sys.argv[1:]), sep="\\n")
+"""
+
+
+def fetch(hub, home, *names):
+    """The folders of pipelines, by a client with a cache of its own."""
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": ROOT}
+    command = [sys.executable, "-c", FETCH, *names]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def files_below(folder):
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.slow
+def test_of_each_repository_the_files_are_fetched_that_are_loaded(repositories, tmp_path):
+    names = {name: f"someone/{name}" for name in ("half", "both", "mixed")}
+    with serving({id: repositories / name for name, id in names.items()}) as hub:
+        done = fetch(hub, tmp_path, *names.values())
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = {
+        "half": {f"{file}.fp16.safetensors" for file in WEIGHTS},
+        "both": {f"{file}.safetensors" for file in WEIGHTS},
+        "mixed": {f"{file}.safetensors" for file in WEIGHTS if "unet" not in file}
+        | {"unet/diffusion_pytorch_model.fp16.safetensors"},
+    }
+    for name, weights in expected.items():
+        assert {file.removeprefix(f"someone/{name}/") for file in hub.fetched if f"/{name}/" in file} == (
+            weights | CONFIGS
+        )
+    again = fetch(hub, tmp_path, "someone/half")  # the hub is gone
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert again.stdout.split() == done.stdout.split()[:1]
+    missing = fetch(hub, tmp_path / "empty", "someone/half")
+    assert "'someone/half' is not a local folder, and the download failed" in missing.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["half", "shards"])
+def test_a_repository_that_has_only_half_weights_is_trained_and_the_plan_says_so(repositories, tmp_path, name):
+    pictures = write_pictures(tmp_path / "pictures", 4, kind="text")
+    changes = {"model": {"pretrained": f"someone/{name}"}, "training__max_train_steps": 1, "ema__enabled": False}
+    config = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run", **changes))
+    with serving({f"someone/{name}": repositories / name}) as hub:
+        done = launch("--config", config, HF_HUB_OFFLINE="0", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"someone/{name} (its fp16 weights, as there are no others): 0." in done.stdout
+    before = DiffusionPipeline.from_pretrained(repositories / name, variant="fp16").unet.state_dict()
+    after = load_file(tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    # AdamW's first update moves a weight by about the learning rate, 1e-3
+    assert max(float((after[key] - tensor.float()).abs().max()) for key, tensor in before.items()) < 1.2e-3
