@@ -5,10 +5,11 @@ import json
 import pytest
 
 from harness.compare import history, valid_checkpoints
-from harness.configs import EVALUATED_STEPS, evaluated_config, write_config, write_pictures
+from harness.configs import EVALUATED_STEPS, evaluated_config, of_kind, write_config, write_pictures
 from harness.faults import at_call
 from harness.features import save_resnet
 from harness.processes import finish, run, run_two
+from harness.shapes import SHAPES, write_shapes
 
 DISTANCES = ("validation/frechet_distance", "validation/kernel_distance")
 
@@ -47,6 +48,26 @@ def test_two_processes_measure_the_same_of_the_same_weights(base, tmp_path):
     assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes
     one, two = measured(base / "run"), measured(tmp_path / "run")
     assert two[0] == one[0]  # step 0: the same weights
+    assert two == [pytest.approx(line, rel=1e-3, abs=1e-4) for line in one]
+
+
+@pytest.mark.parametrize("kind", ["unconditional", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_pictures_of_many_shapes_are_measured_the_same_by_two_processes(tmp_path, kind):
+    pictures = write_shapes(tmp_path / "pictures", 24, kind)
+    options = of_kind(kind, pictures) | {
+        "data__buckets": SHAPES,
+        "data__validation_fraction": 0.3,
+        "validation": {"quality": {"features": save_resnet(tmp_path / "features"), "images": 12, "every_steps": 2}},
+        "samples": {"count": 0, "inference_steps": 2},
+    }
+    file = write_config(tmp_path / "config.yaml", evaluated_config(pictures, tmp_path / "one", **options))
+    finish("--config", file, "training.max_train_steps=2", folder=tmp_path)
+    layout = ("training.micro_batch_size=2", "training.max_train_steps=2", f"output_dir={tmp_path / 'two'}")
+    outcomes = run_two("--config", file, *layout, folder=tmp_path)
+    assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes
+    one, two = measured(tmp_path / "one"), measured(tmp_path / "two")
+    assert [line["step"] for line in one] == [0, 2]
+    assert two[0] == one[0]  # the same weights
     assert two == [pytest.approx(line, rel=1e-3, abs=1e-4) for line in one]
 
 

@@ -5,15 +5,18 @@ import signal
 import pytest
 
 from harness.compare import differences, differing, history, relative_difference, slots, weights
-from harness.configs import evaluated_config, tiny_config, write_config, write_pictures
-from harness.faults import signal_at
-from harness.processes import finish, run
-from harness.shapes import EPOCHS, LAYOUTS, TAILS, Case, run_shaped, shaped_config, write_shapes
+from harness.configs import PIPELINES, evaluated_config, of_kind, tiny_config, write_config, write_pictures
+from harness.faults import kill_at, signal_at
+from harness.processes import finish, run, run_two
+from harness.shapes import EPOCHS, LAYOUTS, SHAPES, TAILS, Case, crop_of, run_shaped, shaped_config, write_shapes
 
 # Every layout and every tail in float64, one of each in float32, and some of a model of classes.
 EXACT = [Case(layout, images) for layout in LAYOUTS[1:] for images in TAILS]
 ROUNDED = [Case(layout, 37, "float32") for layout in LAYOUTS[1:]]
 CLASSES = [Case((2, 4, 2), 31, kind="classes"), Case((2, 1, 8), 33, kind="classes")]
+ONCE = [*zip(LAYOUTS[1:], TAILS, strict=True)]
+LATENTS = [Case(layout, images, kind=kind) for kind in PIPELINES for layout, images in ONCE]
+LATENTS += [Case((2, 4, 2), 37, "float32", "text")]
 
 # Adam moves them by full steps of the rounding errors of a gradient that is 0 in exact arithmetic (see `compare`).
 KEY_BIAS = "to_k.bias"
@@ -21,17 +24,17 @@ KEY_BIAS = "to_k.bias"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return run_shaped(tmp_path_factory.mktemp("shapes"), EXACT + ROUNDED + CLASSES)
+    return run_shaped(tmp_path_factory.mktemp("shapes"), EXACT + ROUNDED + CLASSES + LATENTS)
 
 
-def without_key_biases(tensors):
+def without_key_biases(tensors, kind):
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(KEY_BIAS)}
-    assert len(kept) < len(tensors)
+    assert (len(kept) < len(tensors)) == (kind not in PIPELINES)  # whose attention has no biases
     return kept
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", EXACT + ROUNDED + CLASSES, ids=str)
+@pytest.mark.parametrize("case", EXACT + ROUNDED + CLASSES + LATENTS, ids=str)
 def test_every_layout_is_the_same_run(runs, case):
     reference, other, step = runs[case.reference], runs[case], case.updates
     assert len(slots(reference)) == EPOCHS * case.images
@@ -43,7 +46,7 @@ def test_every_layout_is_the_same_run(runs, case):
     assert {name: found[name] for name in logged if found[name] > bound} == {}
     for part in ("model", "ema"):
         one, two = weights(reference, step, part), weights(other, step, part)
-        apart = relative_difference(without_key_biases(one), without_key_biases(two))
+        apart = relative_difference(*(without_key_biases(each, case.kind) for each in (one, two)))
         print(f"{case} {part}: {found[part]:.1e} of all weights, {apart:.1e} without the key biases")
         assert apart < bound
         for name in one:  # a bias of a key is at most a full step away for each update, both ways
@@ -51,9 +54,13 @@ def test_every_layout_is_the_same_run(runs, case):
                 assert (one[name] - two[name]).abs().max() <= 2 * 1e-3 * step
 
 
-def evaluated(pictures, output_dir, **changes):
+def evaluated(pictures, output_dir, kind="unconditional", **changes):
     """A run on five shapes with everything that happens between updates."""
-    options = {"data__buckets": [[8, 8], [12, 8], [8, 12], [16, 4], [4, 16]], "data__crop": "random"}
+    options = of_kind(kind, pictures) | {"data__buckets": SHAPES, "data__crop": crop_of(kind)}
+    if kind in PIPELINES:
+        samples = {"every_steps": 3, "count": 2, "inference_steps": 2, "prompts": ["a cat", "a dog"]}
+        options |= {"samples": samples | {"shapes": [[12, 8], [4, 16]], "guidance_scale": [1.0, 3.0]}}
+        options |= {"data__random_flip": True}
     return evaluated_config(pictures, output_dir, **options | changes)
 
 
@@ -64,17 +71,69 @@ def told_to_stop_in_the_second_update():
 
 
 @pytest.mark.slow
-def test_a_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_one(tmp_path):
-    pictures, log = write_shapes(tmp_path / "pictures", 27), tmp_path / "log"
+@pytest.mark.parametrize("kind", ["unconditional", *PIPELINES])
+def test_a_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, kind):
+    pictures, log = write_shapes(tmp_path / "pictures", 27, kind), tmp_path / "log"
     # 24 to train on, in windows of 8: 3 an epoch, 6 in all; stopped in the middle of the first epoch
     for name in ("undisturbed", "stopped"):
-        write_config(tmp_path / f"{name}.yaml", evaluated(pictures, tmp_path / name))
+        write_config(tmp_path / f"{name}.yaml", evaluated(pictures, tmp_path / name, kind))
     finish("--config", tmp_path / "undisturbed.yaml", folder=log)
     stopped = run("--config", tmp_path / "stopped.yaml", folder=log, before=told_to_stop_in_the_second_update)
     assert stopped.returncode == 143
     done = finish("--config", tmp_path / "stopped.yaml", folder=log)
     assert "step 2 of 6" in done.stdout
     assert differing(tmp_path / "undisturbed", tmp_path / "stopped", 6) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_two_processes_encode_draw_and_measure_the_same(tmp_path, kind):
+    """At step 0, before rounding sets runs apart: validation with and without the caption, and the sample grid."""
+    pictures, log = write_shapes(tmp_path / "pictures", 27, kind), tmp_path / "log"
+    config = evaluated(pictures, tmp_path / "one", kind, training__max_train_steps=1)
+    finish("--config", write_config(tmp_path / "run.yaml", config), folder=log)
+
+    def fresh_cache(process):
+        import datasets
+
+        datasets.config.HF_DATASETS_CACHE = str(tmp_path / "cache")
+
+    layout = ("training.micro_batch_size=2", f"output_dir={tmp_path / 'two'}")
+    outcomes = run_two("--config", tmp_path / "run.yaml", *layout, folder=log, before=fresh_cache)
+    assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes
+    assert history(tmp_path / "one")[0] == history(tmp_path / "two")[0]
+    grids = [(tmp_path / name / "samples/step-0.png").read_bytes() for name in ("one", "two")]
+    assert grids[0] == grids[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_run_killed_while_it_encodes_resumes_to_the_bit(tmp_path, kind):
+    """Captions are the first file, then a file for each shape: killed before the fourth."""
+    pictures, log = write_shapes(tmp_path / "pictures", 27, kind), tmp_path / "log"
+    for name in ("undisturbed", "killed"):
+        config = evaluated(pictures, tmp_path / name, kind, training__max_train_steps=2)
+        write_config(tmp_path / f"{name}.yaml", config)
+    finish("--config", tmp_path / "undisturbed.yaml", folder=log)
+
+    def fresh_cache():
+        import datasets
+
+        datasets.config.HF_DATASETS_CACHE = str(tmp_path / "cache")
+
+    def killed():
+        from finetune.data.store import Store
+
+        fresh_cache()
+        kill_at(Store, "write", 4)
+
+    arguments = ("--config", tmp_path / "killed.yaml")
+    assert run(*arguments, folder=log, before=killed).returncode == -signal.SIGKILL
+    finish(*arguments, folder=log, before=fresh_cache)
+    assert differing(tmp_path / "undisturbed", tmp_path / "killed", 2) == []
+    files = [file for file in (tmp_path / "cache/encodings").rglob("*") if file.is_file()]
+    assert sorted({file.suffix for file in files}) == [".safetensors"]
+    assert len({file.parent for file in files}) == 1 + len(SHAPES)  # captions, and a folder for each shape
 
 
 @pytest.mark.slow

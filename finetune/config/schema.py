@@ -53,11 +53,6 @@ class Config(Section):
             if self.data.buckets is None:
                 given = short([list(shape) for shape in self.samples.shapes])
                 yield "samples.shapes", f"found {given}; expected it with data.buckets only"
-        if self.validation.quality and self.data.buckets is not None:
-            yield (
-                "validation.quality",
-                "found it with data.buckets; expected null, as it compares pictures of one shape",
-            )
         if self.lr_scheduler.name == "polynomial" and self.optimizer.learning_rate <= 1e-7:
             found = self.optimizer.learning_rate
             yield (

@@ -36,22 +36,27 @@ class Encoders(Protocol):
 
     Attributes:
         image_key, text_key: hashes of all that an encoded image or text depends on, apart from itself.
-        image_fields: what an image becomes: `mean` and `std` of its posterior.
         text_fields: what a text becomes: `text`, and `pooled` where the pipeline has it.
-        image_chunk, text_chunk: how many are encoded at once: always so many, so that an entry never depends on others.
+        text_chunk: how many are encoded at once: always so many, so that an entry never depends on others.
         sized: whether the network is told the size and crop of an image.
     """
 
     image_key: str
     text_key: str
-    image_fields: Fields
     text_fields: Fields
-    image_chunk: int
     text_chunk: int
     sized: bool
 
+    def image_fields(self, shape: Shape) -> Fields:
+        """What an image of a shape becomes: `mean` and `std` of its posterior."""
+        ...
+
+    def image_chunk(self, shape: Shape) -> int:
+        """How many images of a shape are encoded at once: always so many."""
+        ...
+
     def images(self, pixels: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
-        """The posteriors of uint8 (b, C, H, W), in float32 on the CPU."""
+        """The posteriors of uint8 (b, C, H, W), of one shape, in float32 on the CPU."""
         ...
 
     def texts(self, texts: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
@@ -108,10 +113,13 @@ class Kind(Protocol):
         """The images that clean tensors stand for, (b, C, H, W) in [-1, 1] if the network is right."""
         ...
 
-    def conditions(self, names: Sequence[str | None], device: torch.device) -> Arguments:
+    def conditions(self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None) -> Arguments:
         """The network's other arguments for conditions by name, to sample with; None means unconditional.
 
         Classes are known by name; a prompt has to be among those of `remember`.
+
+        Args:
+            shape: of the images that are drawn; None: the square of the image format.
         """
         ...
 

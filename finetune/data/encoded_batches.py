@@ -8,6 +8,7 @@ from finetune.config.schema import Config
 from finetune.core import randomness
 from finetune.core.errors import UserError
 from finetune.core.kind import Encoders
+from finetune.core.shapes import covering
 from finetune.data.batches import Batches
 from finetune.data.encodings import Encodings, image_key
 from finetune.data.order import Slot
@@ -48,7 +49,7 @@ class EncodedBatches(Batches):
     conditional = True
 
     def shape(self, image: int) -> tuple[int, ...]:
-        return self.posteriors.fields["mean"]
+        return self.posteriors[self.images.shape(image)].fields["mean"]
 
     def content(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
         """What is noised: latents, not scaled, (b, c, h, w) in the default dtype."""
@@ -74,7 +75,7 @@ class EncodedBatches(Batches):
         return {"latents": means.to(dtype), **told, "dropped": torch.full((len(images),), dropped)}
 
     def _posterior(self, image: int, flipped: bool) -> dict[str, torch.Tensor]:
-        return self.posteriors.read(image_key(self.images, image, flipped))
+        return self.posteriors[self.images.shape(image)].read(image_key(self.images, image, flipped))
 
     def _embedded(self, texts: list[int]) -> dict[str, torch.Tensor]:
         entries = [self.embeddings.read(key(self.captions.texts[text])) for text in texts]
@@ -91,13 +92,13 @@ class EncodedBatches(Batches):
 def size_and_crop(images: Images, index: int, flipped: bool) -> list[int]:
     """Original height and width, top and left of the crop, target height and width, of an image.
 
-    The corner is where the crop lies in the resized picture, and for a mirrored one in the mirrored picture.
+    The target is the image's own shape. The corner is where the crop lies in the picture that is scaled to cover it,
+    and for a mirrored one in the mirrored picture.
     """
-    (width, height), side = images.original_size(index), images.resolution
-    shorter = min(width, height)
-    across, down = (max(side, round(length * side / shorter)) for length in (width, height))
-    left, top = (across - side) // 2, (down - side) // 2
-    return [height, width, top, across - side - left if flipped else left, side, side]
+    (width, height), shape = images.original_size(index), images.shape(index)
+    across, down = covering(width, height, shape)
+    left, top = (across - shape.width) // 2, (down - shape.height) // 2
+    return [height, width, top, across - shape.width - left if flipped else left, *shape]
 
 
 def make_batches(

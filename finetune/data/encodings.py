@@ -5,22 +5,22 @@ weights and settings are part of the folder's name. A flipped image is an entry 
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from finetune.core.distributed import all_agree, on_main_process, together
 from finetune.core.errors import UserError
 from finetune.core.kind import Encoders
-from finetune.data.pixels import Images
+from finetune.core.shapes import Shape
+from finetune.data.pieces import Piece, make_pieces, pieces_of
+from finetune.data.pixels import Images, Pixels
 from finetune.data.store import Store, key
-
-T = TypeVar("T")
 
 
 class Encodings:
@@ -34,37 +34,46 @@ class Encodings:
             prompts: further texts; the empty one is always among them.
         """
         self.encoders, self.parts = encoders, parts
-        chunks = encoders.image_chunk, encoders.text_chunk
-        self.posteriors = Store(("posteriors", encoders.image_key, chunks[0]), encoders.image_fields)
-        self.embeddings = Store(("embeddings", encoders.text_key, chunks[1]), encoders.text_fields)
+        shapes = sorted({shape for images, _ in parts for shape in images.shapes})
+        self.posteriors = {shape: self._store(shape) for shape in shapes}  # each holds entries of one shape
+        self.embeddings = Store(("embeddings", encoders.text_key, encoders.text_chunk), encoders.text_fields)
         captions = [images.captions.texts for images, _ in parts if images.captions is not None]
         self.texts = sorted({"", *prompts, *(text for texts in captions for text in texts)})
         self._find()
 
+    def _store(self, shape: Shape) -> Store:
+        made_by = "posteriors", self.encoders.image_key, self.encoders.image_chunk(shape)
+        return Store(made_by, self.encoders.image_fields(shape))
+
     def _find(self) -> None:
-        """What is missing: (image's part, index, flipped) and texts; each once, however often the data have it."""
-        self.posteriors.scan()
-        self.embeddings.scan()
-        images: dict[bytes, tuple[int, int, bool]] = {}
-        for part, (pictures, flips) in enumerate(self.parts):
+        """What is missing: orientations of images and texts; each once, however often the data have it."""
+        for store in (*self.posteriors.values(), self.embeddings):
+            store.scan()
+        images: dict[bytes, Oriented] = {}
+        for pictures, flips in self.parts:
             for index in range(len(pictures)):
                 for flipped in (False, True)[: 1 + flips]:
-                    images.setdefault(image_key(pictures, index, flipped), (part, index, flipped))
-        self.needed = len(images)
-        self.missing_images = {name: place for name, place in images.items() if name not in self.posteriors.places}
+                    images.setdefault(image_key(pictures, index, flipped), Oriented(pictures, index, flipped))
+        self.needed = Counter(image.shape for image in images.values())
+        self.missing_images = {
+            name: image for name, image in images.items() if name not in self.posteriors[image.shape].places
+        }
         self.missing_texts = {key(text): text for text in self.texts if key(text) not in self.embeddings.places}
 
     @property
     def missing_bytes(self) -> int:
         """Bytes on disk of what is still to be made."""
-        images, texts = len(self.missing_images), len(self.missing_texts)
-        return images * self.posteriors.entry_bytes + texts * self.embeddings.entry_bytes
+        return self._bytes(Counter(image.shape for image in self.missing_images.values()), len(self.missing_texts))
+
+    def _bytes(self, images: Mapping[Shape, int], texts: int) -> int:
+        entries = sum(count * self.posteriors[shape].entry_bytes for shape, count in images.items())
+        return entries + texts * self.embeddings.entry_bytes
 
     @property
     def notes(self) -> list[str]:
         """Lines for the plan: what is encoded, its size on disk, and what is still to be made."""
-        images, texts = self.needed, len(self.texts)
-        size = images * self.posteriors.entry_bytes + texts * self.embeddings.entry_bytes
+        images, texts = self.needed.total(), len(self.texts)
+        size = self._bytes(self.needed, texts)
         lines = [f"encodings: {images} latents and {texts} texts, {size / 1e6:.1f} MB on disk"]
         if self.missing_bytes:
             lines[0] += (
@@ -90,32 +99,38 @@ class Encodings:
         on_main_process(self._require_room)
         device = accelerator.device
 
-        def encode_images(places: Sequence[tuple[int, int, bool]]) -> dict[str, torch.Tensor]:
-            pixels = np.stack([oriented(self.parts[part][0], index, flipped) for part, index, flipped in places])
+        def encode_images(images: Sequence[Oriented]) -> dict[str, torch.Tensor]:
+            pixels = np.stack([image.pixels for image in images])
             return self.encoders.images(torch.from_numpy(pixels).permute(0, 3, 1, 2), device)
 
         def encode_texts(texts: Sequence[str]) -> dict[str, torch.Tensor]:
             return self.encoders.texts(texts, device)
 
-        texts, images = self.encoders.text_chunk, self.encoders.image_chunk
+        texts = list(pieces_of(self.embeddings, self.encoders.text_chunk, self.missing_texts))
         try:
-            store, missing = self.embeddings, self.missing_texts
-            together(partial(_make, accelerator, store, missing, encode_texts, texts, "Encoding captions"))
+            together(partial(make_pieces, accelerator, texts, encode_texts, "Encoding captions"))
             self.encoders.free()  # before the VAE is loaded
-            store, pictures = self.posteriors, self.missing_images
-            together(partial(_make, accelerator, store, pictures, encode_images, images, "Encoding images"))
+            together(partial(make_pieces, accelerator, self.image_pieces(), encode_images, "Encoding images"))
         finally:
             self.encoders.free()
         together(self._find)
         if self.missing_images or self.missing_texts:
             raise UserError(
-                f"encodings: {self.posteriors.folder.parent}: found entries missing that were just made; expected a "
+                f"encodings: {self.embeddings.folder.parent}: found entries missing that were just made; expected a "
                 "cache that nobody deletes from while it is used: run the same command again",
                 exit_code=1,
             )
 
+    def image_pieces(self) -> "list[Piece[Oriented]]":
+        """The images that are missing, each piece of one shape."""
+        pieces: list[Piece[Oriented]] = []
+        for shape, store in self.posteriors.items():
+            missing = {name: image for name, image in self.missing_images.items() if image.shape == shape}
+            pieces += pieces_of(store, self.encoders.image_chunk(shape), missing)
+        return pieces
+
     def _require_room(self) -> None:
-        folder = self.posteriors.folder
+        folder = self.embeddings.folder
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if free < self.missing_bytes:
@@ -146,47 +161,26 @@ class Prompts(Mapping[str, dict[str, torch.Tensor]]):
         return len(self.texts)
 
 
+class Oriented(NamedTuple):
+    """An image without augmentation, or mirrored."""
+
+    images: Images
+    image: int
+    flipped: bool
+
+    @property
+    def shape(self) -> Shape:
+        return self.images.shape(self.image)
+
+    @property
+    def pixels(self) -> Pixels:
+        """uint8 (H, W, C)."""
+        pixels = self.images[self.image]
+        return pixels[:, ::-1] if self.flipped else pixels
+
+
 def image_key(images: Images, index: int, flipped: bool) -> bytes:
     """What stands for an image's pixels, shape and orientation."""
-    return key(f"{images.checksum(index)}/{images.resolution}/{int(flipped)}")
-
-
-def oriented(images: Images, index: int, flipped: bool) -> np.ndarray:
-    """An image without augmentation, or mirrored: uint8 (H, W, C)."""
-    pixels = images[index]
-    return pixels[:, ::-1] if flipped else pixels
-
-
-def _make(
-    accelerator: Accelerator,
-    store: Store,
-    missing: Mapping[bytes, T],
-    encode: Callable[[Sequence[T]], dict[str, torch.Tensor]],
-    chunk: int,
-    title: str,
-) -> None:
-    """This process's share of the pieces that are missing."""
-    names = list(missing)
-    pieces = [names[start : start + store.piece] for start in range(0, len(names), store.piece)]
-    mine = pieces[accelerator.process_index :: accelerator.num_processes]
-    shown = accelerator.is_main_process and bool(mine)
-    with tqdm(total=sum(map(len, mine)), desc=title, unit="", disable=not shown, dynamic_ncols=True) as bar:
-        for piece in mine:
-            made: list[dict[str, torch.Tensor]] = []
-            for start in range(0, len(piece), chunk):
-                entries = piece[start : start + chunk]
-                padded = [missing[name] for name in entries] + [missing[entries[0]]] * (chunk - len(entries))
-                encoded = {name: tensor[: len(entries)] for name, tensor in encode(padded).items()}
-                _check_finite(encoded, title)
-                made.append(encoded)
-                bar.update(len(entries))
-            store.write(piece, {name: torch.cat([one[name] for one in made]) for name in store.fields})
-
-
-def _check_finite(encoded: dict[str, torch.Tensor], title: str) -> None:
-    for name, tensor in encoded.items():
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"model.pretrained: found {name} that is not finite ({title.lower()}); expected encoders whose weights "
-                "are finite"
-            )
+    height, width = images.shape(index)
+    sides = str(height) if height == width else f"{height}x{width}"
+    return key(f"{images.checksum(index)}/{sides}/{int(flipped)}")

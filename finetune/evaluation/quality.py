@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModel
 from finetune.config.outputs import QualityConfig
 from finetune.core.errors import UserError, first_line
 from finetune.core.groups import summed
+from finetune.core.shapes import Shape
 from finetune.data.pixels import Pixels
 from finetune.evaluation.rounds import rounds
 
@@ -76,18 +77,22 @@ class Quality:
         """Compare `config.images` samples with as many held-out images, or with all if there are fewer.
 
         Args:
-            images: held-out images, each uint8 (H, W, C).
-            names: the condition of each; the samples are drawn for the same ones.
+            images: held-out images, each uint8 (H, W, C) of a shape of its own.
+            names: the condition of each; the samples are drawn for the same ones, in the same shapes.
 
         Raises:
             UserError: if the image model cannot be loaded.
         """
         self.features, self.every_steps = Features(config.features), config.every_steps
-        self.images = np.stack([images[index] for index in range(min(config.images, len(images)))])
+        self.images = [images[index] for index in range(min(config.images, len(images)))]
         self.names = [names[index % len(names)] for index in range(config.images)]
+        shapes = [Shape(*image.shape[:2]) for image in self.images]
+        self.shapes = [shapes[index % len(shapes)] for index in range(config.images)]
         self._real: torch.Tensor | None = None
 
-    def distances(self, samples: Pixels, accelerator: Accelerator, check: Callable[[], None]) -> dict[str, float]:
+    def distances(
+        self, samples: Sequence[Pixels], accelerator: Accelerator, check: Callable[[], None]
+    ) -> dict[str, float]:
         """`frechet_distance` and `kernel_distance`, each lower for better samples. Called by all processes.
 
         Fréchet distance: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", equation 6; its bias falls
@@ -95,21 +100,21 @@ class Quality:
         unbiased estimate with the polynomial kernel of degree 3; it varies around 0 for perfect samples.
 
         Args:
-            samples: uint8 (n, H, W, C), the same on all processes.
+            samples: each uint8 (H, W, C), the same on all processes.
             check: called between two chunks; raises Interrupted to end here.
         """
         if self._real is None:
             self._real = self._shared(self.images, accelerator, check)
         return feature_distances(self._real, self._shared(samples, accelerator, check))
 
-    def _shared(self, images: Pixels, accelerator: Accelerator, check: Callable[[], None]) -> torch.Tensor:
-        """Features of all images, float32 (n, d), each computed by one process."""
+    def _shared(self, images: Sequence[Pixels], accelerator: Accelerator, check: Callable[[], None]) -> torch.Tensor:
+        """Features of all images, float32 (n, d), each computed by one process, in chunks of one shape."""
         found = torch.zeros(len(images), self.features.width, device=accelerator.device)
         with self.features.on(accelerator.device):
-            for chunk in rounds(len(images), accelerator):
+            for chunk in rounds(len(images), accelerator, [image.shape for image in images]):
                 check()
                 if chunk is not None:
-                    found[chunk] = self.features.of(images[chunk])
+                    found[chunk] = self.features.of(np.stack([images[index] for index in chunk]))
         return summed(found)  # each row is 0 on all processes but one
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -85,7 +86,6 @@ def sampled_shapes(options: SamplesConfig, images: Mapping[Shape, int]) -> list[
     return shapes
 
 
-@torch.no_grad()
 def sample(
     kind: Kind,
     accelerator: Accelerator,
@@ -98,41 +98,72 @@ def sample(
     negative: str | None = None,
     shape: Shape | None = None,
 ) -> Pixels:
-    """An image for each of `names` by DDIM, from starting noise that the seed alone decides: uint8 (n, H, W, C).
+    """An image for each of `names`, all of one shape: uint8 (n, H, W, C).
+
+    The arguments are those of `sample_each`.
+
+    Args:
+        shape: of the images; None: the square that is trained.
+    """
+    side = kind.image_format.resolution
+    shapes = [shape or Shape(side, side)] * len(names)
+    options = guidance_scale, purpose, negative
+    return np.stack(sample_each(kind, accelerator, check, seed, names, shapes, inference_steps, *options))
+
+
+@torch.no_grad()
+def sample_each(
+    kind: Kind,
+    accelerator: Accelerator,
+    check: Callable[[], None],
+    seed: int,
+    names: Sequence[str | None],
+    shapes: Sequence[Shape],
+    inference_steps: int,
+    guidance_scale: float = 1.0,
+    purpose: str = "samples",
+    negative: str | None = None,
+) -> list[Pixels]:
+    """An image for each of `names` by DDIM, from starting noise that the seed alone decides: uint8 (H, W, C).
 
     Called by all processes, each of which draws its share; all get the result.
 
     Args:
         check: called between two steps; raises Interrupted to end here.
         names: the condition of each image; None is unconditional.
+        shapes: of each image; those of one shape go through the network together.
         guidance_scale: of classifier-free guidance; 1 turns it off.
         purpose: names the stream of the starting noise.
         negative: the prompt that guidance leads away from; None: no condition.
-        shape: of the images; None: the square that is trained.
     """
-    clean, _ = kind.inputs(kind.example(1, shape))
-    channels, side = kind.image_format
-    images = torch.zeros(len(names), channels, *(shape or (side, side)), device=accelerator.device)
-    drawn: list[tuple[Sequence[int], torch.Tensor]] = []
+    channels = kind.image_format.channels
+    images = [torch.zeros(*shape, channels, dtype=torch.uint8) for shape in shapes]
+    drawn: dict[Shape, list[tuple[Sequence[int], torch.Tensor]]] = {}
     ddim = DDIMScheduler.from_config(kind.noise_scheduler.config)
     ddim.set_timesteps(inference_steps)
     with evaluating(kind.network):
-        for chunk in rounds(len(names), accelerator):
+        for chunk in rounds(len(names), accelerator, shapes):
             if chunk is not None:
+                shape = shapes[chunk[0]]
+                clean, _ = kind.inputs(kind.example(1, shape))
                 x = torch.stack([noise(seed, 0, index, clean.shape[1:], purpose) for index in chunk])
                 x = x.to(accelerator.device)
             for timestep in ddim.timesteps:
                 check()
                 if chunk is not None:
-                    output = _guided(kind, x, timestep, [names[index] for index in chunk], guidance_scale, negative)
+                    told = [names[index] for index in chunk]
+                    output = _guided(kind, x, timestep, told, guidance_scale, negative, shape)
                     # DDIM that clips the image has to derive the noise from the clipped image, or guidance ruins it.
                     x = ddim.step(output, timestep, x, use_clipped_model_output=kind.conditional).prev_sample
             if chunk is not None:
-                drawn.append((chunk, x))
-    if drawn:  # all at once, since a model of latents loads what makes images of them
-        decoded = kind.images(torch.cat([x for _, x in drawn]))
-        images[[index for chunk, _ in drawn for index in chunk]] = decoded.to(images.dtype)
-    return as_pixels(summed(images))  # each is 0 on all processes but one
+                drawn.setdefault(shape, []).append((chunk, x))
+    for parts in drawn.values():  # all of a shape at once, since a model of latents loads what makes images of them
+        made = as_pixels(kind.images(torch.cat([x for _, x in parts])))
+        for index, image in zip((index for chunk, _ in parts for index in chunk), made, strict=True):
+            images[index] = torch.from_numpy(image)
+    together = summed(torch.cat([image.flatten() for image in images]))  # each is 0 on all processes but one
+    parts = together.split([image.numel() for image in images])
+    return [part.view(image.shape).numpy() for part, image in zip(parts, images, strict=True)]
 
 
 def _guided(
@@ -142,6 +173,7 @@ def _guided(
     names: Sequence[str | None],
     guidance_scale: float,
     negative: str | None = None,
+    shape: Shape | None = None,
 ) -> torch.Tensor:
     """The network's output under classifier-free guidance, uncond + w (cond - uncond), of the shape of `x`.
 
@@ -149,8 +181,8 @@ def _guided(
     the network as one batch.
     """
     if guidance_scale == 1:
-        return kind.network(x, timestep, **kind.conditions(names, x.device)).sample
-    conditions = kind.conditions([*names, *[negative] * len(names)], x.device)
+        return kind.network(x, timestep, **kind.conditions(names, x.device, shape)).sample
+    conditions = kind.conditions([*names, *[negative] * len(names)], x.device, shape)
     with_condition, without = kind.network(torch.cat([x, x]), timestep, **conditions).sample.chunk(2)
     return without + guidance_scale * (with_condition - without)
 

@@ -74,7 +74,7 @@ class ClassConditional(Unconditional):
         no_class = len(self.class_names)
         return clean, {"class_labels": batch["labels"].masked_fill(batch["dropped"], no_class)}
 
-    def conditions(self, names: Sequence[str | None], device: torch.device) -> Arguments:
+    def conditions(self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None) -> Arguments:
         """`class_labels` for classes by name; None is "no class"."""
         rows = {name: row for row, name in enumerate(self.class_names)} | {None: len(self.class_names)}
         return {"class_labels": torch.tensor([rows[name] for name in names], device=device)}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from finetune.core.kind import Fields
+from finetune.core.shapes import Shape
 from finetune.models.components import Folder
 
 _PIXELS = 2**18  # encoded at once: one image of 512 pixels a side, 64 of 64
@@ -17,14 +18,12 @@ _TEXTS = 16  # encoded at once
 class PipelineEncoders:
     """What a Stable Diffusion pipeline encodes images and captions with; see `core.kind.Encoders`."""
 
-    def __init__(self, folder: Folder, resolution: int):
+    def __init__(self, folder: Folder):
         self.folder, self.sized = folder, folder.sized
         vae = folder.config("vae")
         self.factor = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels a side of one latent pixel
-        self.channels, side = vae["in_channels"], resolution // self.factor
-        self.shape = (vae["latent_channels"], side, side)
-        self.image_fields: Fields = {"mean": self.shape, "std": self.shape}
-        self.image_chunk, self.text_chunk = max(_PIXELS // resolution**2, 1), _TEXTS
+        self.channels, self.latent_channels = vae["in_channels"], vae["latent_channels"]
+        self.text_chunk = _TEXTS
         self.tokenizers = [folder.load_tokenizer(part) for part in folder.tokenizers]
         configs = [folder.config(part) for part in folder.text_encoders]
         width = sum(config["hidden_size"] for config in configs)
@@ -35,6 +34,18 @@ class PipelineEncoders:
         self.text_key = folder.digest([*folder.text_encoders, *folder.tokenizers])
         self._vae: Any = None
         self._prompter: Any = None
+
+    def latents(self, shape: Shape) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of an image of a shape, whose sides `factor` divides."""
+        return self.latent_channels, shape.height // self.factor, shape.width // self.factor
+
+    def image_fields(self, shape: Shape) -> Fields:
+        """Mean and standard deviation of an image's posterior."""
+        return dict.fromkeys(("mean", "std"), self.latents(shape))
+
+    def image_chunk(self, shape: Shape) -> int:
+        """How many images of a shape are encoded at once: about as many pixels of each shape."""
+        return max(_PIXELS // shape.area, 1)
 
     def check(self) -> None:
         """Load every encoder once: a pipeline that cannot draw its samples should not begin to train.

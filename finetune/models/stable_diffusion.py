@@ -8,9 +8,9 @@ import diffusers
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from finetune.core.errors import UserError
 from finetune.core.kind import Arguments, Batch, ImageFormat
 from finetune.core.shapes import Shape
+from finetune.models.checks import check_forward
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders, bare_pipeline
 from finetune.models.hub import write_pipeline
@@ -55,7 +55,8 @@ class StableDiffusion:
         self._statistics = None if None in named else [torch.tensor(values).view(1, -1, 1, 1) for values in named]
         self.image_format = ImageFormat(encoders.channels, resolution)
         self.divisor = encoders.factor * 2 ** (len(network.config.block_out_channels) - 1)
-        self.shapes = [Shape(resolution, resolution)]
+        self._square = Shape(resolution, resolution)
+        self.shapes = [self._square]
         self.prompts: Mapping[str, Mapping[str, torch.Tensor]] = {}
         # What stands for no caption: SDXL's pipelines take zeros unless they say otherwise, the others the empty text.
         self.absent: Mapping[str, torch.Tensor] = {
@@ -64,12 +65,10 @@ class StableDiffusion:
         self._absent_on: dict[torch.device, dict[str, torch.Tensor]] = {}
 
     def train_shapes(self, shapes: list[Shape]) -> None:
-        """Raises UserError for any but the square: the latents of other shapes are not encoded yet."""
-        if shapes != self.shapes:
-            raise UserError(
-                f"data.buckets: found {', '.join(map(str, shapes))} with {self.folder.name}, a "
-                f"{self.folder.pipeline_class.__name__}; expected null: models of latents are trained on squares only"
-            )
+        """Train pictures of these shapes; raises UserError if the UNet cannot take the latents of one of them."""
+        for shape in set(shapes) - {*self.shapes}:
+            check_shape(self, shape)
+        self.shapes = shapes
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
         """The scaled latents, (b, c, h, w), and what the UNet is told of the captions; nothing where they are dropped.
@@ -83,13 +82,16 @@ class StableDiffusion:
             told[name] = torch.where(dropped, absent.to(given.dtype), given)
         return self._scaled(batch["latents"]), self._arguments(told, batch.get("time_ids"))
 
-    def conditions(self, names: Sequence[str | None], device: torch.device) -> Arguments:
-        """The same for prompts that are remembered, at the size that is trained; None is no caption."""
+    def conditions(self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None) -> Arguments:
+        """The same for prompts that are remembered; None is no caption.
+
+        Args:
+            shape: of the images that are drawn, which are told to be of that size and not cropped; None: the square.
+        """
         known = [self.absent if name is None else self.prompts[name] for name in names]
         dtype = torch.get_default_dtype()
         told = {name: torch.stack([one[name] for one in known]).to(device, dtype) for name in self.absent}
-        size = self.image_format.resolution
-        return self._arguments(told, torch.tensor([[size, size, 0, 0, size, size]] * len(known), device=device))
+        return self._arguments(told, self._uncropped(shape or self._square, len(known)).to(device))
 
     def _arguments(self, told: dict[str, torch.Tensor], time_ids: torch.Tensor | None) -> Arguments:
         arguments: Arguments = {"encoder_hidden_states": told["text"]}
@@ -132,16 +134,18 @@ class StableDiffusion:
             self.absent, self._absent_on = self.prompts[""], {}
 
     def example(self, count: int, shape: Shape | None = None) -> dict[str, torch.Tensor]:
-        """A batch of `count` blank images without captions, on the CPU."""
-        blank = {name: torch.zeros(count, *shape) for name, shape in self._encoders.text_fields.items()}
-        blank |= {
-            "latents": torch.zeros(count, *self._encoders.shape),
-            "noise": torch.zeros(count, *self._encoders.shape),
-        }
+        """A batch of `count` blank images without captions, on the CPU: of a shape, or of the largest area."""
+        shape = shape or max(self.shapes, key=lambda shape: shape.area)
+        blank = {name: torch.zeros(count, *field) for name, field in self._encoders.text_fields.items()}
+        blank |= {name: torch.zeros(count, *self._encoders.latents(shape)) for name in ("latents", "noise")}
         if self._encoders.sized:
-            size = self.image_format.resolution
-            blank["time_ids"] = torch.tensor([[size, size, 0, 0, size, size]] * count)
+            blank["time_ids"] = self._uncropped(shape, count)
         return blank | {"dropped": torch.zeros(count, dtype=torch.bool)}
+
+    @staticmethod
+    def _uncropped(shape: Shape, count: int) -> torch.Tensor:
+        """SDXL's sizes of pictures that have a shape from the start: original size, crop, target size, (count, 6)."""
+        return torch.tensor([[*shape, 0, 0, *shape]] * count)
 
     def without_memory(self) -> UNet2DConditionModel:
         """A copy of the network on the meta device: its shapes, without weights."""
@@ -188,3 +192,11 @@ class StableDiffusion:
             "noise_scheduler": settings_of(self.noise_scheduler),
             "encoders": encoders,
         }
+
+
+def check_shape(kind: StableDiffusion, shape: Shape) -> None:
+    """Raises UserError if the UNet cannot take the latents of pictures of a shape."""
+    with torch.device("meta"):
+        clean, conditions = kind.inputs({name: tensor.to("meta") for name, tensor in kind.example(1, shape).items()})
+    problem = f"model: the UNet of {kind.folder.name} cannot denoise the latents of images of {shape} pixels"
+    check_forward(kind.without_memory(), clean, conditions, problem)

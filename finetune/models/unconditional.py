@@ -79,7 +79,7 @@ class Unconditional:
         """The same: this network denoises pixels."""
         return clean
 
-    def conditions(self, names: Sequence[str | None], device: torch.device) -> Arguments:
+    def conditions(self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None) -> Arguments:
         """None: there is nothing to tell this network."""
         return {}
 

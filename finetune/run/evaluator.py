@@ -16,7 +16,7 @@ from finetune.core.stopping import StopCheck
 from finetune.data.pixels import Pixels
 from finetune.evaluation import pictures
 from finetune.evaluation.quality import Quality
-from finetune.evaluation.sampling import sample
+from finetune.evaluation.sampling import sample, sample_each
 from finetune.evaluation.validation import Validation
 from finetune.models.ema import averaged_weights
 from finetune.run.report import Report
@@ -105,9 +105,11 @@ class Evaluator:
             self.report.picture("denoising", step, labelled, file.with_name(f"denoising-{step}.png"))
 
     def _measure(self, quality: Quality, step: int) -> float:
-        """Compare samples with held-out images, drawn for the same conditions; returns the kernel distance."""
+        """Compare samples with held-out images, drawn for their conditions and shapes; returns the kernel distance."""
         with self._averaged():
-            samples = self._sample(quality.names, self.config.samples.guidance_scales[0], "quality", self.shapes[0])
+            drawn = self.config.seed, quality.names, quality.shapes, self.config.samples.inference_steps
+            options = self.config.samples.guidance_scales[0], "quality", self.config.samples.negative_prompt
+            samples = sample_each(self.kind, self.accelerator, self.check_stop, *drawn, *options)
             distances = quality.distances(samples, self.accelerator, self.check_stop)
         self.report.log(step, {f"validation/{name}": value for name, value in distances.items()})
         return distances["kernel_distance"]

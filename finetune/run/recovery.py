@@ -1,6 +1,7 @@
 """When an update fails: a loss that is not finite, memory that runs out, a data worker that dies."""
 
 import numpy as np
+from torch._dynamo.exc import TorchDynamoException
 
 from finetune.core.distributed import printed_once
 from finetune.core.errors import UserError, first_line
@@ -9,6 +10,7 @@ from finetune.data.order import epoch_order
 from finetune.data.workers import loader_problem
 from finetune.run.run import Run
 from finetune.training.memory import less_memory
+from finetune.training.soundness import compiler_problem
 from finetune.training.window import WindowResult
 
 SKIP_LIMIT = 25  # updates in a row that may be skipped; fp16 needs a dozen or so to find its first loss scale
@@ -43,13 +45,16 @@ def check_finite(run: Run, result: WindowResult) -> None:
 
 
 def explain_failure(run: Run, error: RuntimeError | OSError | MemoryError) -> None:
-    """Raise a UserError if the user can act on what ended the loop: a dead data worker, or memory in a micro-batch.
+    """Raise a UserError if the user can act on what ended the loop: a dead data worker, a compiler that fails, or
+    memory in a micro-batch.
 
     Resuming is exact, so a window that ran out of memory is not retried here: the error names a layout of the same
     batch that needs less.
     """
     if problem := loader_problem(error):
         raise problem from error
+    if isinstance(error, TorchDynamoException):  # of a shape that was not compiled at the start
+        raise compiler_problem(error) from error
     if not is_out_of_memory(error) or run.window.closed:
         return
     layout = run.sampler.layout

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from finetune.core.distributed import all_agree, printed_once, say
 from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Kind
 from finetune.core.randomness import noise
+from finetune.core.shapes import Shape
 
 # Compiled kernels round at other places and add up in other orders, so their error is another draw of the same size;
 # ten times as much covers sums that are added up one by one where the uncompiled kernels do it in a tree.
@@ -34,7 +36,9 @@ def layout_dependent_layers(network: torch.nn.Module) -> list[str]:
 
 
 def check_compiled(accelerator: Accelerator, network: torch.nn.Module, kind: Kind, micro_batch_size: int) -> None:
-    """Compare the gradients of a compiled network with the uncompiled one's, on one micro-batch, before it is trained.
+    """Compare the gradients of a compiled network with the uncompiled one's, on a micro-batch, before it is trained.
+
+    Where pictures have several shapes, also on a shorter one of another shape: each gets a graph, for any length.
 
     Both are compared with float64. Where inductor's are wrong, its layout optimisation is turned off, and they are
     compared again. With it, torch 2.13.0 on a CPU copies the zeros of an upsampling's gradient before the gradient is
@@ -50,13 +54,13 @@ def check_compiled(accelerator: Accelerator, network: torch.nn.Module, kind: Kin
     backend = accelerator.state.dynamo_plugin.backend
     if backend == DynamoBackend.NO:
         return
-    # A graph for each shape, in training and in evaluation: at its limit dynamo would stop compiling without a word.
-    limit = max(torch._dynamo.config.recompile_limit, 4 * len(kind.shapes))
-    torch._dynamo.config.recompile_limit = limit
+    if len(kind.shapes) > 1:
+        _compile_shapes(network, len(kind.shapes), micro_batch_size)
+    tried = _micro_batches(kind.shapes, micro_batch_size)
     option = f"launch: --dynamo_backend {backend.value.lower()}"
-    exact = _exact_gradients(kind, micro_batch_size, accelerator.device)
-    plain = _distance(_gradients(kind.network, kind, micro_batch_size, accelerator.device), exact)
-    compiled = _compiled_distance(option, network, kind, micro_batch_size, accelerator.device, exact)
+    exact = _exact_gradients(kind, tried, accelerator.device)
+    plain = _distance(_gradients(kind.network, kind, tried, accelerator.device), exact)
+    compiled = _compiled_distance(option, network, kind, tried, accelerator.device, exact)
     if not _acceptable(compiled, plain) and backend == DynamoBackend.INDUCTOR:
         say(
             f"Note: compiled gradients were {compiled:.1e} from the exact ones, the uncompiled network's {plain:.1e}; "
@@ -64,13 +68,47 @@ def check_compiled(accelerator: Accelerator, network: torch.nn.Module, kind: Kin
         )
         torch._inductor.config.layout_optimization = False
         torch._dynamo.reset()
-        compiled = _compiled_distance(option, network, kind, micro_batch_size, accelerator.device, exact)
+        compiled = _compiled_distance(option, network, kind, tried, accelerator.device, exact)
     if not _acceptable(compiled, plain):
         found = f"found compiled gradients {compiled:.1e} from the exact ones, the uncompiled network's {plain:.1e}"
         raise printed_once(
             UserError(f"{option}: {found} (relative norm, micro-batch of {micro_batch_size}); set --dynamo_backend no")
         )
     say(f"Compiled gradients are {compiled:.1e} from the exact ones, the uncompiled network's {plain:.1e}")
+
+
+def _compile_shapes(network: torch.nn.Module, shapes: int, micro_batch_size: int) -> None:
+    """Have a graph made for each shape, whose micro-batches may have any length; single images get one of their own.
+
+    By itself dynamo would make one graph for any height and width, which inductor of torch 2.13.0 fails to compile. At
+    its limit, which here allows for a graph for each length too, it stops compiling without a word.
+    """
+    config = torch._dynamo.config
+    config.automatic_dynamic_shapes = False
+    config.recompile_limit = max(config.recompile_limit, 2 * shapes * micro_batch_size)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
+
+    def mark(tensor: Tensor) -> Tensor:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return tensor
+
+    def mark_lengths(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        recursively_apply(mark, (given, named))
+
+    network.register_forward_pre_hook(mark_lengths, with_kwargs=True)
+
+
+def compiler_problem(error: TorchDynamoException, option: str = "launch: --dynamo_backend") -> UserError:
+    """The error for the user if a network cannot be compiled."""
+    return UserError(f"{option}: the network cannot be compiled ({first_line(error)}); set --dynamo_backend no")
+
+
+def _micro_batches(shapes: Sequence[Shape], micro_batch_size: int) -> list[tuple[Shape, int]]:
+    """What is tried: a full micro-batch of the largest area, and a shorter one whose sides are others."""
+    largest = max(shapes, key=lambda shape: shape.area)
+    other = max(shapes, key=lambda shape: min(abs(shape.height - largest.height), abs(shape.width - largest.width)))
+    full = [(largest, micro_batch_size)]
+    return full if len(shapes) == 1 else [*full, (other, max(micro_batch_size - 1, 1))]
 
 
 def _acceptable(compiled: float, plain: float) -> bool:
@@ -83,29 +121,44 @@ def _acceptable(compiled: float, plain: float) -> bool:
 
 
 def _compiled_distance(
-    option: str, network: torch.nn.Module, kind: Kind, count: int, device: torch.device, exact: list[Tensor]
+    option: str,
+    network: torch.nn.Module,
+    kind: Kind,
+    tried: Sequence[tuple[Shape, int]],
+    device: torch.device,
+    exact: list[Tensor],
 ) -> float:
     try:
-        return _distance(_gradients(network, kind, count, device), exact)
+        return _distance(_gradients(network, kind, tried, device), exact)
     except TorchDynamoException as error:
-        raise printed_once(
-            UserError(f"{option}: the network cannot be compiled ({first_line(error)}); set --dynamo_backend no")
-        ) from error
+        raise printed_once(compiler_problem(error, option)) from error
 
 
-def _gradients(network: torch.nn.Module, kind: Kind, count: int, device: torch.device) -> list[Tensor]:
-    """Of the mean squared error over `count` images, by the trainable parameters."""
-    parameters = list(kind.trainable().values())
+def _gradients(
+    network: torch.nn.Module, kind: Kind, tried: Sequence[tuple[Shape, int]], device: torch.device
+) -> list[Tensor]:
+    """Of the mean squared error of each micro-batch, by the trainable parameters, one micro-batch after the other."""
+    gradients = []
     # Dropout draws, and the compiled network draws other numbers.
     network.train(not layout_dependent_layers(kind.network))
-    _loss(network, kind, range(count), count, device, torch.get_default_dtype()).backward()
+    for shape, count in tried:
+        _loss(network, kind, shape, range(count), count, device, torch.get_default_dtype()).backward()
+        gradients += _taken(kind.trainable().values())
     network.train()
-    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in parameters]
-    network.zero_grad(set_to_none=True)
     return gradients
 
 
-def _exact_gradients(kind: Kind, count: int, device: torch.device) -> list[Tensor]:
+def _taken(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Their gradients, which they have no longer."""
+    taken = []
+    for weight in weights:
+        # Cloned, since DDP's gradients lie in the buckets that it reduces, and the next ones overwrite them.
+        taken.append(torch.zeros_like(weight) if weight.grad is None else weight.grad.clone())
+        weight.grad = None
+    return taken
+
+
+def _exact_gradients(kind: Kind, tried: Sequence[tuple[Shape, int]], device: torch.device) -> list[Tensor]:
     """The same in float64, an image at a time so that no more memory is needed than for four copies of the weights."""
     if device.type == "mps":  # has no float64
         device = torch.device("cpu")
@@ -113,24 +166,28 @@ def _exact_gradients(kind: Kind, count: int, device: torch.device) -> list[Tenso
     exact.__dict__.pop("forward", None)  # Accelerate's autocast, which calls the original
     torch.nn.Module.to(exact, device, torch.float64)  # diffusers' own `to` warns
     exact.train(not layout_dependent_layers(exact))
-    for index in range(count):
-        _loss(exact, kind, range(index, index + 1), count, device, torch.float64).backward()
-    trainable, named = kind.trainable(), dict(exact.named_parameters())
-    gradients = [named[name].grad for name in trainable]
-    return [
-        torch.zeros_like(weight) if grad is None else grad
-        for grad, weight in zip(gradients, trainable.values(), strict=True)
-    ]
+    named, gradients = dict(exact.named_parameters()), []
+    for shape, count in tried:
+        for index in range(count):
+            _loss(exact, kind, shape, range(index, index + 1), count, device, torch.float64).backward()
+        gradients += _taken([named[name] for name in kind.trainable()])
+    return gradients
 
 
 def _loss(
-    network: torch.nn.Module, kind: Kind, images: range, count: int, device: torch.device, dtype: torch.dtype
+    network: torch.nn.Module,
+    kind: Kind,
+    shape: Shape,
+    images: range,
+    count: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Squared error of these images' predictions, as their share of the mean over `count` images.
 
     Blank images under noise, at timesteps over the whole range; every image's are its own.
     """
-    batch = {name: tensor.to(device) for name, tensor in kind.example(len(images)).items()}
+    batch = {name: tensor.to(device) for name, tensor in kind.example(len(images), shape).items()}
     clean, conditions = kind.inputs(batch)
     drawn = torch.stack([noise(0, 0, index, tuple(clean.shape[1:]), "compile") for index in images]).to(device)
     steps = kind.noise_scheduler.config.num_train_timesteps

@@ -2,6 +2,7 @@
 
 python tests/benchmarks/crash.py               # 100 kills, about three minutes on two CPU cores
 python tests/benchmarks/crash.py --kills 5 --kind classes
+python tests/benchmarks/crash.py --kills 10 --kind lora --shapes
 """
 
 import logging
@@ -19,14 +20,14 @@ from finetune.run import checkpoint
 from harness.compare import differing, history
 from harness.configs import KINDS, evaluated_config, of_kind, write_config, write_pictures
 from harness.processes import finish, start
-from harness.shapes import SHAPES, write_shapes
+from harness.shapes import SHAPES, crop_of, write_shapes
 
 EPOCHS, STEPS = 10, 30  # of 8 + 8 + 1 images
 
 
 def where(run: Path) -> str:
     """How far a run got, by what it left."""
-    if (run / "pipeline").exists() or (run / "pipeline.tmp").exists():
+    if any((run / f"{export}{end}").exists() for export in ("pipeline", "lora") for end in ("", ".tmp")):
         return "export and after"
     if any(run.glob(".checkpoint.partial")):
         return "saving"
@@ -39,16 +40,15 @@ def where(run: Path) -> str:
     return "before the first update" if done <= 0 else f"updates {done // 10 * 10 + 1:02} to {done // 10 * 10 + 10}"
 
 
-def main(kills: int, seed: int, kind: str) -> int:
+def main(kills: int, seed: int, kind: str, shaped: bool) -> int:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every purge, and resuming purges
     draw, base = random.Random(seed), Path(FOLDER.name)
     images, log = base / "pictures", base / "log"
-    if kind == "shapes":
-        options = {"data__buckets": SHAPES, "data__crop": "random"}
-        write_shapes(images, 19)
+    if shaped:
+        options = of_kind(kind, write_shapes(images, 19, kind))
+        options |= {"data__buckets": SHAPES, "data__crop": crop_of(kind), "data__random_flip": True}
     else:
-        write_pictures(images, 19, kind=kind)
-        options = of_kind(kind, images)
+        options = of_kind(kind, write_pictures(images, 19, kind=kind))
 
     def config_of(run: Path) -> Path:
         config = evaluated_config(images, run, training__num_epochs=EPOCHS, **options)
@@ -90,8 +90,9 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--kills", type=int, default=100)
     options.add_argument("--seed", type=int, default=0)
-    kinds = [*KINDS, "shapes"]
-    options.add_argument("--kind", choices=kinds, default="unconditional", help="the kind of model, or many shapes")
+    options.add_argument("--kind", choices=KINDS, default="unconditional", help="the kind of model")
+    options.add_argument("--shapes", action="store_true", help="pictures of many shapes, not squares")
     arguments = options.parse_args()
     with FOLDER:
-        sys.exit(main(2 if arguments.short else arguments.kills, arguments.seed, arguments.kind))
+        kills = 2 if arguments.short else arguments.kills
+        sys.exit(main(kills, arguments.seed, arguments.kind, arguments.shapes))

@@ -14,6 +14,8 @@ from harness import shapes
 from harness.compare import differences, slots
 from harness.layouts import every_case, run_cases
 
+BOTH = ("float64", "float32")
+KINDS_OF_SHAPES = {"unconditional": BOTH, "text": BOTH, "sdxl": ("float64",), "lora": ("float64",)}
 COLUMNS = {"loss": "train/loss", "gradient norm": "train/grad_norm", "weights": "model", "averaged": "ema"}
 
 
@@ -26,8 +28,9 @@ def main(short: bool) -> None:
     table(runs, cases)
     if not short:
         shaped = [
-            shapes.Case(layout, images, precision)
-            for precision in ("float64", "float32")
+            shapes.Case(layout, images, precision, kind)
+            for kind, precisions in KINDS_OF_SHAPES.items()
+            for precision in precisions
             for layout in shapes.LAYOUTS[1:]
             for images in shapes.TAILS
         ]

@@ -2,6 +2,7 @@
 
 python tests/benchmarks/shapes.py                        # sizes of a stated distribution; two minutes on two CPU cores
 python tests/benchmarks/shapes.py --pictures FOLDER      # sizes of the pictures in a folder
+python tests/benchmarks/shapes.py --compile              # torch.compile alone
 python tests/benchmarks/shapes.py --short                # the smallest sizes: does it run
 """
 
@@ -25,12 +26,21 @@ from finetune.core.shapes import Shape, cropped, nearest, run_shapes
 from finetune.models.unconditional import Unconditional
 from finetune.training.noise_scale import GradientNoiseScale
 from finetune.training.objective import loss_per_image
-from harness.configs import UNET, picture
+from harness.compare import relative_difference, weights
+from harness.configs import UNET, picture, tiny_config, write_config
+from harness.processes import launch
+from harness.shapes import SHAPES, write_shapes
 
 # (width, height) -> share: about what a camera and a telephone make
 STATED = {(3000, 2000): 0.4, (2000, 3000): 0.15, (4000, 3000): 0.2, (1080, 1920): 0.15, (2000, 2000): 0.1}
 BATCHES, MICRO, PROCESSES, BUCKETS = (16, 64, 256), (1, 4, 8), (1, 2, 8, 64), (3, 5, 7)
 RESOLUTION, DIVISOR = 512, 64
+LADDERS = {
+    (512, 64): (3, 5, 7),
+    (1024, 64): (3, 5, 7, 9),
+    (512, 32): (9,),
+    (512, 8): (9,),
+}  # resolution, divisor: shapes
 
 
 def sizes_in(folder: Path | None, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -85,6 +95,66 @@ def layouts(sizes: list[tuple[int, int]], count: int, short: bool, rng: np.rando
                     )
                     steps_of_one = str(layout.gradient_accumulation_steps)
                     row(f"{batch}, {micro}, {processes}", steps_of_one, str(buckets), *cells)
+
+
+def waiting(sizes: list[tuple[int, int]], count: int, short: bool, rng: np.random.Generator) -> None:
+    """The layout whose processes wait longest, for ladders whose areas differ more and less.
+
+    Shares have as many images each, so that none waits for more than 1 - mean / largest area. Where a share is a single
+    image, as of 64 images on 64 processes, every dealing of a window waits so long in which the largest shape occurs.
+    """
+    head(
+        "resolution, divisor",
+        "shapes",
+        "areas",
+        "longest waiting, mean",
+        "of B, micro-batch, P",
+        "1 - mean / largest area",
+    )
+    everything = [
+        BatchLayout(micro, batch // (micro * processes), processes)
+        for batch in BATCHES
+        for micro in MICRO
+        for processes in (1, 2, 4, 8, 16, 32, 64)
+        if batch % (micro * processes) == 0
+    ]
+    for (resolution, divisor), counts in LADDERS.items():
+        for buckets in counts[-1:] if short else counts:
+            ladder = run_shapes(buckets, resolution, divisor)
+            area = np.array([shape.area for shape in ladder]) / resolution**2
+            numbers = [ladder.index(nearest(ladder, *size)) for size in sizes]
+            found = {}
+            for layout in everything[:3] if short else everything:
+                drawn = windows(numbers, layout.global_batch_size, count, rng)
+                found[layout] = np.mean([lost(deal_by_shape(window, layout), area[window]) for window in drawn])
+            worst = max(found, key=found.__getitem__)
+            parts = worst.global_batch_size, worst.micro_batch_size, worst.num_processes
+            bound = 1 - area[numbers].mean() / area[numbers].max()
+            cells = (
+                f"{area.min():.3f} to {area.max():.3f}",
+                f"{found[worst]:.1%}",
+                ", ".join(map(str, parts)),
+                f"{bound:.1%}",
+            )
+            row(f"{resolution}, {divisor}", str(buckets), *cells)
+
+
+def compiled(base: Path, backend: str) -> None:
+    """A run on three shapes, compiled, beside the same run without: weights, graphs, and seconds."""
+    pictures = write_shapes(base / "pictures", 27)
+    found = {}
+    for name in ("no", backend):
+        config = tiny_config(pictures, base / name, data__buckets=SHAPES[:3], data__random_flip=True)
+        file = write_config(base / f"{name}.yaml", config)
+        started = time.perf_counter()
+        outcome = launch(
+            file, launcher=["--dynamo_backend", name], script="tests/harness/several_runs.py", seconds=1200
+        )
+        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        found[name] = time.perf_counter() - started
+    apart = relative_difference(*(weights(base / name, 8) for name in found))
+    head(f"8 updates on 3 shapes, compiled by {backend}", "seconds", "seconds without", "weights apart")
+    row("UNet of 6 thousand weights", *(f"{found[name]:.0f}" for name in (backend, "no")), f"{apart:.1e}")
 
 
 def crops(sizes: list[tuple[int, int]]) -> None:
@@ -179,6 +249,7 @@ def main(folder: Path | None, short: bool) -> None:
     print(f"{len(sizes)} pictures; {machine()}")
     crops(sizes)
     layouts(sizes, 5 if short else 200, short, rng)
+    waiting(sizes, 5 if short else 200, short, rng)
     times(sizes, 1 if short else 12, short, rng)
     noise_scale(sizes, 80 if short else 400, 20 if short else 2000, np.random.default_rng(0))
 
@@ -186,7 +257,11 @@ def main(folder: Path | None, short: bool) -> None:
 if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--pictures", type=Path, metavar="FOLDER", help="a folder whose pictures' sizes are used")
+    options.add_argument("--compile", action="store_true", help="only a compiled run beside the plain one")
     arguments = options.parse_args()
     torch.set_num_threads(1)
     with FOLDER:
-        main(arguments.pictures, arguments.short)
+        if arguments.compile:
+            compiled(Path(FOLDER.name), "aot_eager" if arguments.short else "inductor")
+        else:
+            main(arguments.pictures, arguments.short)

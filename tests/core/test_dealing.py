@@ -115,3 +115,15 @@ def test_the_shares_are_cut_out_of_the_places_in_the_order_of_shapes_and_the_lon
     for process in dealt:
         assert all(piece == sorted(piece) for piece in process)
         assert [len(piece) for piece in process] == sorted(map(len, process), reverse=True)
+
+
+@given(windows(full=True), st.lists(st.integers(90, 110), min_size=9, max_size=9))
+def test_processes_wait_no_longer_than_for_a_share_of_the_largest_area(window, areas):
+    """Shares have as many images each, so 1 - mean / largest area, which single images on each process do wait."""
+    shapes, layout = window
+    dealing, area = deal_by_shape(shapes, layout), np.array([areas[shape] for shape in shapes])
+    shares = [sum(area[place] for piece in process for place in piece) for process in places(dealing)]
+    waiting, bound = 1 - np.mean(shares) / max(shares), 1 - area.mean() / area.max()
+    assert waiting <= bound + 1e-12
+    if layout.micro_batch_size * layout.gradient_accumulation_steps == 1:
+        assert waiting == pytest.approx(bound, abs=1e-12)

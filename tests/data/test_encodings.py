@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from finetune.core import randomness
 from finetune.core.errors import UserError
+from finetune.core.shapes import Shape
 from finetune.data.captions import Captions
 from finetune.data.encoded_batches import EncodedBatches, size_and_crop
-from finetune.data.encodings import Encodings, _make
+from finetune.data.encodings import Encodings, image_key
 from finetune.data.order import Slot
-from finetune.data.pixels import FEATURES, Images, Original, pixel_row
+from finetune.data.pieces import make_pieces
+from finetune.data.pixels import FEATURES, SHAPED_FEATURES, Images, Original, pixel_row, shaped_row
 from finetune.data.store import Store, key
 from harness.batches import as_images
 
@@ -30,18 +32,24 @@ class Halving:
     `work` are the numbers of entries that each call encoded.
     """
 
-    image_fields = {"mean": (1, 4, 2), "std": (1, 4, 2)}  # noqa: RUF012 - as the protocol has it
-    text_fields = {"text": (3, 2)}  # noqa: RUF012
-    image_chunk, text_chunk, sized = 2, 4, False
+    text_fields = {"text": (3, 2)}  # noqa: RUF012 - as the protocol has it
+    text_chunk, sized = 4, False
 
-    def __init__(self, image_key="one", text_key="one"):
-        self.image_key, self.text_key, self.work, self.freed = image_key, text_key, [], 0
+    def __init__(self, image_key="one", text_key="one", chunk=2):
+        self.image_key, self.text_key, self.work, self.freed, self.chunk = image_key, text_key, [], 0, chunk
+
+    def image_fields(self, shape):
+        return dict.fromkeys(("mean", "std"), (1, shape.height, shape.width // 2))
+
+    def image_chunk(self, shape):
+        return max(self.chunk * 16 // shape.area, 1)  # two of 4 x 4
 
     def images(self, pixels, device):
-        assert pixels.shape == (self.image_chunk, 1, 4, 4)
+        shape = Shape(*pixels.shape[2:])
+        assert pixels.shape == (self.image_chunk(shape), 1, *shape)
         assert pixels.dtype == torch.uint8
         self.work.append(len(pixels))
-        half = pixels[..., :2].float() / 255
+        half = pixels[..., : shape.width // 2].float() / 255
         return {"mean": half, "std": torch.full_like(half, 0.1)}
 
     def texts(self, texts, device):
@@ -103,7 +111,7 @@ def test_a_latent_is_the_mean_and_a_keyed_draw_of_the_deviation(accelerator):
 
 def test_a_flipped_image_is_an_entry_of_its_own(accelerator):
     encodings = made(accelerator, flips=True)
-    assert (encodings.needed, encodings.missing_images) == (10, {})
+    assert (encodings.needed, encodings.missing_images) == ({Shape(4, 4): 10}, {})
     slots = [Slot(0, 0, position, 1.0) for position in range(20)]
     flipping = batches(encodings, random_flip=True)
     batch = flipping.__getitems__(slots)
@@ -156,15 +164,13 @@ def test_entries_belong_to_what_they_were_made_from(accelerator):
     assert (len(other.missing_images), len(other.missing_texts)) == (5, 0)
     other = find(Halving(text_key="two"))
     assert (len(other.missing_images), len(other.missing_texts)) == (0, 6)
-    coarse = Halving()
-    coarse.image_chunk = 3
-    assert len(find(coarse).missing_images) == 5
+    assert len(find(Halving(chunk=3)).missing_images) == 5
 
 
 def test_equal_pictures_and_captions_are_encoded_once(accelerator):
     twice = images([*ARRAYS[:2], *ARRAYS[:2]], [["a"], ["b"], ["b"], ["a"]])
     encodings = find(pictures=twice)
-    assert (encodings.needed, encodings.texts) == (2, ["", "a", "b"])
+    assert (encodings.needed, encodings.texts) == ({Shape(4, 4): 2}, ["", "a", "b"])
     encodings.make(accelerator)
     shown = batches(encodings, twice).shown([0, 2], dropped=False)
     assert torch.equal(shown["latents"][0], shown["latents"][1])
@@ -204,12 +210,12 @@ def test_processes_share_the_pieces(monkeypatch):
     for process in (0, 1):
         chosen = []
 
-        def encode(places, chosen=chosen):
-            chosen.append([index for _, index, _ in places])
+        def encode(images, chosen=chosen):
+            chosen.append([one.image for one in images])
             return {name: torch.zeros(2, 1, 4, 2) for name in ("mean", "std")}
 
         alone = SimpleNamespace(process_index=process, num_processes=2, is_main_process=False)
-        _make(alone, encodings.posteriors, encodings.missing_images, encode, 2, "Encoding images")
+        make_pieces(alone, encodings.image_pieces(), encode, "Encoding images")
         shares.append(chosen)
     assert shares == [[[0, 1], [4, 4]], [[2, 3]]]  # the last chunk is filled up
     assert find().missing_images == {}
@@ -217,12 +223,12 @@ def test_processes_share_the_pieces(monkeypatch):
 
 def test_a_damaged_piece_is_made_again(accelerator):
     encodings = made(accelerator)
-    (file,) = encodings.posteriors.folder.glob("*.safetensors")
+    (file,) = encodings.posteriors[Shape(4, 4)].folder.glob("*.safetensors")
     content = file.read_bytes()
     for damaged in (content[:-1], b"", b"\x80\x04 pickle", content[:40]):
         file.write_bytes(damaged)
         assert len(find().missing_images) == 5
-        assert len(made(accelerator).posteriors.places) == 5
+        assert len(made(accelerator).posteriors[Shape(4, 4)].places) == 5
         assert file.read_bytes() == content
 
 
@@ -286,4 +292,87 @@ def test_a_store_gives_back_what_was_written(tmp_path_factory, names, piece):
 def test_sdxl_is_told_original_size_crop_and_target(width, height, flipped, expected):
     row = pixel_row(ARRAYS[0], Original(width, height, False))
     table = datasets.Dataset.from_list([row], features=FEATURES)
+    assert size_and_crop(Images(table, np.arange(1), 1, 4), 0, flipped) == expected
+
+
+SIDES = [(4, 4), (2, 8), (4, 4), (8, 2), (2, 8), (2, 8)]  # height, width
+
+
+def shaped_images():
+    """Six pictures of three shapes; the four last have the same bytes."""
+    flat = np.random.default_rng(0).integers(0, 256, (6, 16), dtype=np.uint8)
+    flat[3:] = flat[2]
+    rows = [
+        shaped_row(one.reshape(*sides, 1), Original(40, 40, colour=False), Shape(*sides))
+        for one, sides in zip(flat, SIDES, strict=True)
+    ]
+    table = datasets.Dataset.from_list(rows, features=SHAPED_FEATURES)
+    return Images(table, np.arange(6), 1, 4, captions=Captions.of([["a"]] * 6))
+
+
+def test_pictures_of_many_shapes_are_encoded_each_in_its_own(accelerator):
+    """All three of 16 pixels, in chunks of two; the two last pictures are one entry."""
+    encoders, pictures = Halving(), shaped_images()
+    encodings = made(accelerator, encoders=encoders, pictures=pictures)
+    assert encodings.needed == {Shape(4, 4): 2, Shape(2, 8): 2, Shape(8, 2): 1}
+    assert encoders.work == [4, 2, 2, 2]  # captions, then a chunk of each shape
+    assert encodings.posteriors[Shape(2, 8)].entry_bytes == 2 * 4 * 2 * 4
+    made_of = batches(encodings, pictures)
+    for index, (height, width) in enumerate(SIDES):
+        assert made_of.shape(index) == (1, height, width // 2)
+        batch = made_of.__getitems__([Slot(index, 1, index, 1.0)])
+        draw = randomness.noise(7, 1, index, (1, height, width // 2), "posterior")
+        mean = torch.from_numpy(pictures[index][:, : width // 2, 0].copy())[None].float() / 255
+        assert torch.equal(batch["latents"][0], mean + torch.tensor(0.1) * draw)
+        assert torch.equal(batch["noise"][0], randomness.noise(7, 1, index, (1, height, width // 2)))
+        assert torch.equal(made_of.shown([index], dropped=False)["latents"][0], mean)
+    again = Halving()
+    made(accelerator, encoders=again, pictures=shaped_images())
+    assert again.work == []
+
+
+def test_equal_bytes_in_another_shape_are_another_entry():
+    pictures = shaped_images()
+    keys = [image_key(pictures, index, False) for index in range(6)]
+    assert len({*keys}) == 5
+    assert keys[4] == keys[5]
+    # where crops are random the same stored pixels may be trained in two shapes
+    other = shaped_images()
+    other._shapes = other._shapes[:, ::-1]
+    assert image_key(other, 1, False) != keys[1]
+
+
+def test_processes_share_the_pieces_of_all_shapes():
+    """Three pieces, one a shape: two for the first process and one for the second."""
+    encodings, shares = find(pictures=shaped_images()), []
+    for process in (0, 1):
+        chosen = []
+
+        def encode(images, chosen=chosen):
+            chosen.append({image.shape for image in images})
+            fields = encodings.encoders.image_fields(images[0].shape)
+            return {name: torch.zeros(len(images), *field) for name, field in fields.items()}
+
+        alone = SimpleNamespace(process_index=process, num_processes=2, is_main_process=False)
+        make_pieces(alone, encodings.image_pieces(), encode, "Encoding images")
+        shares.append(chosen)
+    assert shares == [[{Shape(2, 8)}, {Shape(8, 2)}], [{Shape(4, 4)}]]
+    assert find(pictures=shaped_images()).missing_images == {}
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "flipped", "expected"),
+    [
+        # 2:1 where the shape, 2 high and 8 wide, is 4:1: scaled to 8 x 4, of which a row goes above and below
+        (16, 8, False, [8, 16, 1, 0, 2, 8]),
+        # 5:1 is scaled to 10 x 2, of which a column goes on either side
+        (50, 10, True, [10, 50, 0, 1, 2, 8]),
+        # 11:2 is scaled to 11 x 2: one column on the left, two on the right, which are on the left of a mirrored one
+        (22, 4, False, [4, 22, 0, 1, 2, 8]),
+        (22, 4, True, [4, 22, 0, 2, 2, 8]),
+    ],
+)
+def test_sdxl_is_told_the_target_of_each_picture(width, height, flipped, expected):
+    row = shaped_row(np.zeros((2, 8, 1), np.uint8), Original(width, height, colour=False), Shape(2, 8))
+    table = datasets.Dataset.from_list([row], features=SHAPED_FEATURES)
     assert size_and_crop(Images(table, np.arange(1), 1, 4), 0, flipped) == expected

@@ -8,6 +8,7 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from finetune.config.outputs import QualityConfig
 from finetune.core.errors import UserError
+from finetune.core.shapes import Shape
 from finetune.evaluation.quality import Features, Quality, feature_distances
 from harness.features import processor, save_resnet
 
@@ -95,6 +96,19 @@ def test_chunks_do_not_change_the_features(tmp_path):
     shared = quality._shared(IMAGES, Accelerator(cpu=True), lambda: None)
     alone = torch.cat([quality.features.of(image[None]) for image in IMAGES])
     torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_images_of_many_shapes_go_through_the_network_with_their_own(tmp_path):
+    """Twelve squares and eight of 4 x 16, in turns: the features of each are those that it has alone."""
+    images = [IMAGES[0].repeat(2, axis=1)[:4] if index % 5 < 2 else image for index, image in enumerate(IMAGES)]
+    quality = Quality(QualityConfig(features=save_resnet(tmp_path), images=30, every_steps=1), images, [None])
+    shapes = [Shape(4, 16) if index % 5 < 2 else Shape(8, 8) for index in range(20)]
+    assert quality.shapes == shapes + shapes[:10]  # samples go through the held-out images again
+    shared = quality._shared(images, Accelerator(cpu=True), lambda: None)
+    alone = torch.cat([quality.features.of(image[None]) for image in images])
+    torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-6)
+    distances = quality.distances(images, Accelerator(cpu=True), lambda: None)
+    assert distances["frechet_distance"] == pytest.approx(0, abs=1e-4)
 
 
 def test_samples_are_drawn_for_the_conditions_of_the_held_out_images(tmp_path):

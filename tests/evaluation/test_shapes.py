@@ -13,7 +13,7 @@ from finetune.core.shapes import Shape
 from finetune.data.pixels import SHAPED_FEATURES, Images, Original, shaped_row
 from finetune.evaluation.pictures import beside, grid
 from finetune.evaluation.rounds import rounds
-from finetune.evaluation.sampling import sample, sampled_shapes
+from finetune.evaluation.sampling import sample, sample_each, sampled_shapes
 from finetune.evaluation.validation import Validation
 from finetune.models.unconditional import Unconditional
 from finetune.training.compute import flops_per_image
@@ -67,6 +67,18 @@ def test_samples_have_the_shape_that_is_asked_for(accelerator, kind):
     wide, tall = grid(drawn), grid(drawn.swapaxes(1, 2))
     both = beside([wide, tall])
     assert both.size == (wide.width + 8 + tall.width, max(wide.height, tall.height))
+
+
+def test_each_image_is_drawn_in_its_own_shape(accelerator, kind):
+    """And as among images of that shape alone: the starting noise is that of its place."""
+    wide, square = Shape(4, 16), Shape(8, 8)
+    drawn = sample_each(kind, accelerator, lambda: None, 0, [None] * 3, [wide, square, wide], 2)
+    for shape in (wide, square):
+        alone = sample(kind, accelerator, lambda: None, 0, [None] * 3, 2, shape=shape)
+        for index in range(3):
+            if drawn[index].shape == (*shape, 1):
+                assert abs(drawn[index].astype(int) - alone[index]).max() <= 1
+    assert [image.shape for image in drawn] == [(4, 16, 1), (8, 8, 1), (4, 16, 1)]
 
 
 def test_compute_is_the_mean_over_the_images_and_the_largest_area_is_tried_for_memory(kind):

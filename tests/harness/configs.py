@@ -62,15 +62,21 @@ def of_kind(kind: str, pictures: Path) -> dict[str, Any]:
 
 def write_pictures(folder: Path, count: int, size: tuple[int, int] = (8, 8), kind: str = "unconditional") -> Path:
     """`count` different grey PNG files; for a model of classes in a folder for each class in turn, for one of texts
-    beside their captions, of which every third has two."""
+    beside their captions."""
     for index in range(count):
         name = CLASSES[index % len(CLASSES)]
         home = folder / name if kind == "classes" else folder
         home.mkdir(parents=True, exist_ok=True)
         picture(size, index).save(home / f"{index:04}.png")
         if kind in PIPELINES:
-            (home / f"{index:04}.txt").write_text(f"a {name}\n" + ("an emu\n" if index % 3 == 2 else ""))
+            write_caption(home, index)
     return folder
+
+
+def write_caption(folder: Path, index: int) -> None:
+    """A caption of a picture beside it; of every third picture two."""
+    name = CLASSES[index % len(CLASSES)]
+    (folder / f"{index:04}.txt").write_text(f"a {name}\n" + ("an emu\n" if index % 3 == 2 else ""))
 
 
 def tiny_config(pictures: Path, output_dir: Path, **changes: Any) -> dict:

@@ -85,10 +85,19 @@ def exhaust_memory(*_: object) -> None:
 
 def limit_images(too_many: Callable[[int], bool], where: str = "forward") -> None:
     """From here on the network runs out of memory with as many images as `too_many` says, `forward` or `backward`."""
+    _limit(lambda images: too_many(len(images)), where)
+
+
+def limit_pixels(most: int) -> None:
+    """From here on the network runs out of memory with more pixels than these in all images of a pass."""
+    _limit(lambda images: images[:, 0].numel() > most, "forward")
+
+
+def _limit(too_much: Callable[[torch.Tensor], bool], where: str) -> None:
     forward = UNet2DModel.forward
 
     def limited(self, images, *rest, **keywords):
-        fails = too_many(len(images))
+        fails = too_much(images)
         if fails and where == "forward":
             exhaust_memory()
         output = forward(self, images, *rest, **keywords)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.configs import KINDS, UNET, picture, tiny_config, write_config
+from harness.configs import PIPELINES, UNET, of_kind, picture, tiny_config, write_caption, write_config
 from harness.processes import launch
 
 SHAPES = [[8, 8], [12, 8], [8, 12], [16, 4], [4, 16]]  # width, height
@@ -41,16 +41,24 @@ class Case(NamedTuple):
 
 
 def write_shapes(folder: Path, count: int, kind: str = "unconditional") -> Path:
-    """`count` different grey PNG files of six sizes in turn; for a model of classes in two folders."""
+    """`count` different grey PNG files of six sizes in turn; for a model of classes in two folders, for one of texts
+    beside their captions."""
     for index in range(count):
         home = folder / "ab"[index // 6 % 2] if kind == "classes" else folder
         home.mkdir(parents=True, exist_ok=True)
         picture(SIZES[index % len(SIZES)], index).save(home / f"{index:04}.png")
+        if kind in PIPELINES:
+            write_caption(home, index)
     return folder
 
 
+def crop_of(kind: str) -> str:
+    """Random, where images are not encoded before they are trained on."""
+    return "center" if kind in PIPELINES else "random"
+
+
 def shaped_config(pictures: Path, output_dir: Path, **changes) -> dict:
-    """A run on pictures of five shapes by a network with attention, in windows of 16."""
+    """A run on pictures of five shapes by a network with attention, in windows of 16; the changes may name another."""
     options = {
         "model__unet": ATTENTION,
         "data__buckets": SHAPES,
@@ -76,11 +84,12 @@ def run_shaped(base: Path, cases: list[Case]) -> dict[Case, Path]:
 
 def _config(base: Path, case: Case) -> dict:
     _, micro, steps = case.layout
+    pictures = write_shapes(base / f"{case.kind}-{case.images}", case.images, case.kind)
     return shaped_config(
-        write_shapes(base / f"{case.kind}-{case.images}", case.images, case.kind),
+        pictures,
         base / str(case),
-        **KINDS[case.kind],
-        data__crop="random",
+        **of_kind(case.kind, pictures),
+        data__crop=crop_of(case.kind),
         data__random_flip=True,
         training__micro_batch_size=micro,
         training__gradient_accumulation_steps=steps,

@@ -6,13 +6,18 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler
 
 from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
+from finetune.core.randomness import noise
+from finetune.core.shapes import Shape
+from finetune.evaluation.sampling import sample_each
 from finetune.models.load import load_kind
 from harness.configs import ROOT
 from harness.pipelines import LENGTH, NOISE_SCHEDULER, save_pipeline
+from harness.processes import forget_processes
 
 CPU = torch.device("cpu")
 TEXTS = ["a cat", "a dog", "", "a very very long caption"]
@@ -126,6 +131,58 @@ def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_prompt(folders, tmp
             pooled = torch.zeros(6) if expect_zeros else encoded["pooled"][2]
             assert torch.equal(told["added_cond_kwargs"]["text_embeds"], torch.stack([encoded["pooled"][0], pooled]))
             assert asked["added_cond_kwargs"]["time_ids"].tolist() == [[8.0, 8.0, 0.0, 0.0, 8.0, 8.0]] * 2
+
+
+def test_pictures_of_many_shapes(folder):
+    """8 pixels a side are 4 latents, which the UNet halves once."""
+    kind = remembering(load(folder))
+    assert kind.divisor == 4
+    shapes = [Shape(8, 8), Shape(4, 16), Shape(12, 8)]  # 64, 64 and 96 pixels
+    kind.train_shapes(shapes)
+    assert kind.shapes == shapes
+    assert kind.example(2)["latents"].shape == kind.example(2)["noise"].shape == (2, 4, 6, 4)
+    assert kind.example(1, Shape(4, 16))["latents"].shape == (1, 4, 2, 8)
+    asked = kind.conditions(["a cat"], CPU, Shape(12, 8))
+    if "added_cond_kwargs" in asked:
+        assert kind.example(2)["time_ids"].tolist() == [[12, 8, 0, 0, 12, 8]] * 2
+        assert asked["added_cond_kwargs"]["time_ids"].tolist() == [[12.0, 8.0, 0.0, 0.0, 12.0, 8.0]]
+        assert kind.conditions(["a cat"], CPU)["added_cond_kwargs"]["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]]
+    with pytest.raises(UserError, match=r"the UNet of .* cannot denoise the latents of images of 1 x 8 pixels"):
+        kind.train_shapes([Shape(8, 1)])
+
+
+def test_images_of_another_shape_are_encoded_and_decoded_as_the_pipeline_does(folder):
+    pipeline, kind = DiffusionPipeline.from_pretrained(folder), load(folder)
+    pixels, encoders = torch.randint(0, 256, (3, 1, 4, 12), dtype=torch.uint8), kind.encoders()
+    posterior = pipeline.vae.encode(pixels.float() / 127.5 - 1).latent_dist
+    found = encoders.images(pixels, CPU)
+    assert torch.equal(found["mean"], posterior.mean)
+    fields = encoders.image_fields(Shape(4, 12))
+    assert fields == {name: tuple(tensor.shape[1:]) for name, tensor in found.items()}
+    one_by_one = torch.cat([pipeline.vae.decode(mean[None]).sample for mean in found["mean"]])
+    assert torch.allclose(kind.images(found["mean"] * 0.5), one_by_one, atol=1e-6)
+    # about as many pixels at once of each shape, at least one image
+    shapes = Shape(64, 64), Shape(64, 128), Shape(512, 512), Shape(512, 576)
+    assert [encoders.image_chunk(shape) for shape in shapes] == [64, 32, 1, 1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_samples_of_a_shape_are_those_of_the_pipeline(folder, scale):
+    forget_processes()
+    kind, accelerator = remembering(load(folder)), Accelerator(cpu=True)
+    names, shapes = ["a cat", "a dog", "a cat"], [Shape(8, 16), Shape(8, 8), Shape(8, 16)]
+    kind.train_shapes([Shape(8, 8), Shape(8, 16)])
+    drawn = sample_each(kind, accelerator, lambda: None, 5, names, shapes, 2, scale)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(kind.noise_scheduler.config)
+    for index, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        latents = noise(5, 0, index, (4, shape.height // 2, shape.width // 2), "samples")[None]
+        options = {"num_inference_steps": 2, "guidance_scale": scale, "output_type": "np", "latents": latents}
+        (image,) = pipeline(name, height=shape.height, width=shape.width, **options).images
+        assert drawn[index].shape == (*shape, 1)
+        assert abs((image * 255).round().astype(int) - drawn[index]).max() <= 1
+    forget_processes()
 
 
 def test_the_sampler_stays_the_one_that_it_came_with(folders):

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from finetune.core.batch import BatchLayout
 from finetune.core.errors import UserError
+from finetune.core.shapes import Shape
 from finetune.models import ema
 from finetune.models.unconditional import Unconditional
 from finetune.training import memory
@@ -21,7 +22,7 @@ from finetune.training.trial_pass import activation_bytes
 from harness import faults
 from harness.compare import differences
 from harness.configs import UNET, tiny_config, write_config, write_pictures
-from harness.faults import at_call, limit_images, skip_the_export
+from harness.faults import at_call, limit_images, limit_pixels, skip_the_export
 from harness.processes import finish, forget_processes, in_new_process, run, run_two
 
 LARGER = {**UNET, "sample_size": 32, "block_out_channels": [16, 16]}  # activations: 2.6 MB an image, weights: 0.3 MB
@@ -89,6 +90,20 @@ def test_measuring_changes_neither_weights_nor_buffers_gradients_or_generators(o
     kept = [weight.grad for weight in kind.network.parameters()]
     assert all(torch.equal(one, other) for one, other in zip(gradients, kept, strict=True))
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_auto_is_decided_by_the_largest_area(one_process):
+    """Shapes of 64 and of 128 pixels, of which 400 fit: 3 of the larger, where 6 of the smaller would."""
+    kind = unconditional(UNET)
+    limit_pixels(400)
+    squares = largest_layout(one_process, kind, BatchLayout(12, 1, 1), averaged=True)
+    kind.train_shapes([Shape(8, 8), Shape(8, 16), Shape(16, 4)])
+    shaped = largest_layout(one_process, kind, BatchLayout(12, 1, 1), averaged=True)
+    assert (squares.micro_batch_size, shaped.micro_batch_size) == (6, 3)
+    with pytest.raises(UserError, match="a trial update with 4 does not fit into the memory of cpu"):
+        memory_plan(one_process, kind, BatchLayout(4, 3, 1), averaged=True)
+    forward_of_one, shaped_one = activation_bytes(unconditional(UNET)), activation_bytes(kind)
+    assert 1.8 < shaped_one / forward_of_one < 2  # twice the pixels; the timestep's embedding does not grow
 
 
 def test_auto_on_a_cpu_tries_only_what_the_free_memory_holds(one_process, monkeypatch):

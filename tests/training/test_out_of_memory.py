@@ -12,8 +12,10 @@ from torch.optim import AdamW
 from finetune.run import start as start_module
 from harness import faults
 from harness.compare import differences, history
-from harness.faults import at_call, exhaust_memory, limit_images, skip_the_export
+from harness.configs import tiny_config, write_config
+from harness.faults import at_call, exhaust_memory, limit_images, limit_pixels, skip_the_export
 from harness.processes import finish, run, run_two
+from harness.shapes import SHAPES, write_shapes
 from harness.undisturbed import command, undisturbed
 
 IMAGES, STEPS = 27, 8
@@ -125,6 +127,51 @@ def test_single_images_that_do_not_fit_are_advised_to_need_less(base, tmp_path):
         "model.gradient_checkpointing, or mixed precision, and run the same command again to resume from the newest "
         "checkpoint ("
     )
+
+
+@pytest.fixture(scope="module")
+def shaped(tmp_path_factory):
+    """The same run on pictures of five shapes, of 64 and 96 pixels."""
+    base = tmp_path_factory.mktemp("shaped")
+    changes = {
+        "data__buckets": SHAPES,
+        "training": {"num_epochs": 2},
+        "lr_scheduler": {"name": "cosine", "warmup_steps": 2},
+        "checkpoint__every_steps": 2,
+    }
+    config = tiny_config(write_shapes(base / "pictures", IMAGES), base / "run", **changes)
+    file = write_config(base / "config.yaml", config)
+    finish("--config", file, *sizes(micro_batch_size=4, global_batch_size=8), folder=base, before=skip_the_export)
+    return base
+
+
+def limit_the_updates(most):
+    """From where a start has everything ready, a pass of more pixels than these runs out of memory."""
+    at_call(start_module, "start_run", 1, lambda: limit_pixels(most), after=True)
+    skip_the_export()
+
+
+def test_many_shapes_that_do_not_fit_are_advised_and_finish(shaped, tmp_path):
+    """Of 200 pixels: two images of 96 and three of 64 fit, more do not."""
+    arguments = command(shaped, tmp_path / "run", *sizes(micro_batch_size=4, global_batch_size=8))
+    ended = run(*arguments, folder=tmp_path, before=lambda: limit_the_updates(200))
+    assert ended.returncode == 1
+    done = len(history(tmp_path / "run"))
+    overrides = advised(ended, 4, done + 1)
+    assert overrides == ["training.micro_batch_size=2", "training.gradient_accumulation_steps=4"]
+    finish(*arguments, *overrides, folder=tmp_path, before=lambda: limit_the_updates(200))
+    is_the_undisturbed_run(shaped, tmp_path / "run")
+
+
+def test_auto_finds_what_fits_of_the_largest_shape(shaped, tmp_path):
+    def before():
+        limit_pixels(200)
+        skip_the_export()
+
+    arguments = command(shaped, tmp_path / "run", *sizes(micro_batch_size="auto", global_batch_size=8))
+    ended = finish(*arguments, folder=tmp_path, before=before)
+    assert "8 = 2 per micro-batch x 4 accumulation steps" in ended.stdout
+    is_the_undisturbed_run(shaped, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ import pytest
 import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._inductor import config as inductor
 
 from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
+from finetune.core.shapes import Shape
 from finetune.models import unconditional
 from finetune.models.load import load_kind
 from finetune.training import soundness
@@ -84,26 +86,30 @@ def test_the_note_is_printed_where_two_layouts_differ_and_nowhere_else(tmp_path,
 
 
 class Compiled(nn.Module):
-    """A network whose gradients are off by a factor, as compiled ones might be."""
+    """A network whose gradients are off by a factor, as compiled ones might be; `passes` are its inputs' shapes."""
 
     def __init__(self, network, factor):
         super().__init__()
-        self.network, self.factor = network, factor
+        self.network, self.factor, self.passes = network, factor, []
 
-    def forward(self, *arguments):
-        output = self.network(*arguments)
+    def forward(self, images, *arguments):
+        self.passes.append(tuple(images.shape))
+        output = self.network(images, *arguments)
         output.sample.register_hook(lambda gradient: gradient * self.factor())
         return output
+
+
+def accelerator_of(backend):
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend))
+    return SimpleNamespace(state=state, device=torch.device("cpu"))
 
 
 def check(factor=lambda: 1.0, backend=DynamoBackend.INDUCTOR, unet=UNET):
     """What is printed about a network whose compiled gradients are off by a factor."""
     kind = load_kind(ModelConfig(unet=unet), None, 0)
     printed = []
-    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend))
-    accelerator = SimpleNamespace(state=state, device=torch.device("cpu"))
     with mock.patch.object(soundness, "say", printed.append):
-        check_compiled(accelerator, Compiled(kind.network, factor), kind, 4)
+        check_compiled(accelerator_of(backend), Compiled(kind.network, factor), kind, 4)
     assert kind.network.training
     assert all(weight.grad is None for weight in kind.trainable().values())
     return printed
@@ -155,6 +161,43 @@ def test_no_setting_of_inductor_is_made_for_another_compiler():
     with pytest.raises(UserError, match="--dynamo_backend aot_eager: found"):
         check(lambda: 1.3, backend=DynamoBackend.AOT_EAGER)
     assert inductor.layout_optimization
+
+
+SHAPES = [Shape(8, 8), Shape(8, 12), Shape(12, 8)]
+
+
+@pytest.fixture
+def shaped():
+    """A network for three shapes; dynamo's settings are restored."""
+    kind = load_kind(ModelConfig(unet=UNET), None, 0)
+    kind.train_shapes(SHAPES)
+    config = torch._dynamo.config
+    kept = {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with config.patch(automatic_dynamic_shapes=True, **kept):
+        yield kind
+    torch._dynamo.reset()
+
+
+def test_of_many_shapes_a_shorter_micro_batch_of_another_is_compared_too(shaped):
+    network = Compiled(shaped.network, lambda: 1.0)
+    check_compiled(accelerator_of(DynamoBackend.AOT_EAGER), network, shaped, 4)
+    assert network.passes == [(4, 1, 8, 12), (3, 1, 12, 8)]
+    assert torch._dynamo.config.recompile_limit >= 2 * 3 * 4  # both ways, three shapes, four lengths
+    wrong = Compiled(shaped.network, lambda: 1 + 1e-3 * (len(wrong.passes) == 2))
+    with pytest.raises(UserError, match="--dynamo_backend aot_eager: found"):
+        check_compiled(accelerator_of(DynamoBackend.AOT_EAGER), wrong, shaped, 4)
+
+
+@pytest.mark.slow
+def test_a_shape_is_compiled_once_for_all_lengths_and_once_for_single_images(shaped):
+    counter = CompileCounter()
+    network = torch.compile(shaped.network, backend=counter)
+    check_compiled(accelerator_of(DynamoBackend.AOT_EAGER), network, shaped, 4)
+    assert counter.frame_count == 2
+    for count in (4, 3, 2, 1, 2, 3):
+        for shape in SHAPES:
+            network(torch.zeros(count, 1, *shape), torch.zeros(count, dtype=torch.long))
+    assert counter.frame_count == 2 * len(SHAPES)
 
 
 @pytest.mark.slow
