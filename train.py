@@ -30,6 +30,7 @@ from finetune.core.distributed import (
     check_launch,
     check_processes,
     launch_errors,
+    made_once,
     main_process_first,
     on_main_process,
     say,
@@ -43,6 +44,7 @@ from finetune.core.stopping import Interrupted
 from finetune.data.encoded_batches import find_encodings, make_batches
 from finetune.data.loading import load_data
 from finetune.data.order import WindowSampler
+from finetune.data.remote import fetch_together
 from finetune.data.workers import make_loader
 from finetune.evaluation.prediction_type import check_prediction_type
 from finetune.evaluation.quality import Quality
@@ -92,7 +94,8 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     shapes = on_main_process(lambda: run_shapes(buckets, kind.image_format.resolution, kind.divisor))
     together(lambda: kind.train_shapes(shapes))
     needed = config.model.class_conditional, config.output_dir, kind.captioned, shapes if buckets is not None else None
-    train_images, held_out = main_process_first(lambda: load_data(config.data, kind.image_format, config.seed, *needed))
+    fetch_together(config.data.source)
+    train_images, held_out = made_once(lambda: load_data(config.data, kind.image_format, config.seed, *needed))
     if config.model.class_conditional:
         kind = together(lambda: with_classes(kind, train_images.class_names, config.seed))
     captions = train_images.captions.examples(SHOWN_CAPTIONS) if train_images.captions else []
@@ -125,7 +128,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
 
     # The plan.
     flops = flops_per_image(kind, train_images.shapes)
-    sampler = WindowSampler(len(train_images), config.seed, layout, train_images.shape_numbers)
+    sampler = WindowSampler(len(train_images), config.seed, layout, train_images.shape_numbers, config.data.order)
     notes = list(dict.fromkeys([*train_images.notes, *(held_out.notes if held_out else ())]))
     notes += encodings.notes if encodings else []
     counts, dealt = (len(train_images), len(held_out or ())), shapes_note(train_images.shapes, sampler)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune.config.schema import Config
-from finetune.core.randomness import noise, timestep
+from finetune.core.randomness import noise, timesteps
 from finetune.data.loading import load_data
 from finetune.data.order import epoch_order
 from finetune.models.load import load_kind
@@ -47,8 +47,8 @@ def plain_training(config, micro_batch_size=None):
                 pixels = torch.stack([torch.tensor(pictures.pixels(order[p]).copy()) for p in micro])
                 clean = pixels.permute(0, 3, 1, 2) / 127.5 - 1
                 drawn = torch.stack([noise(config.seed, epoch, p, (1, 8, 8)) for p in micro])
-                timesteps = torch.tensor([timestep(config.seed, epoch, p, 100, "stratified") for p in micro])
-                predicted = unet(noise_scheduler.add_noise(clean, drawn, timesteps), timesteps).sample
+                steps = torch.from_numpy(timesteps(config.seed, epoch, micro, 100, "stratified"))
+                predicted = unet(noise_scheduler.add_noise(clean, drawn, steps), steps).sample
                 loss = torch.nn.functional.mse_loss(predicted, drawn) * len(micro) / len(window)
                 loss.backward()
                 total += loss.item()

@@ -61,6 +61,15 @@ ROWS = {  # command -> the first cell of each row that it prints
         "global batch 16 over 4, micro-batches of 4",
         *("gradient_checkpointing, micro-batch of 4", "saves, or none"),
     ],
+    "scale --short": [
+        *("100,000, full", "100,000, blocks"),
+        *("timesteps, stratified", "timesteps, uniform", "dropped conditions"),
+        "positions between neighbours of the source",
+        *(f"images of an update of {size} with another one of 128 in a row" for size in (64, 256, 1024)),
+        *(f"variance of a class's images in {size} in a row, of a sorted source" for size in ("64", "1,024", "16,384")),
+        *("full", "blocks", "blocks, sorted by class", "full, sorted by class"),
+        *("full", "blocks"),
+    ],
     "shapes --short": [
         *("1", "3", "5", "7"),
         *("16, 4, 1", "16, 4, 2"),

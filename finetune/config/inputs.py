@@ -72,7 +72,8 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     source: Path
-    """`digits`, a folder of pictures, parquet, arrow or WebDataset tar files, or a dataset's hub id."""
+    """`digits`, a folder of pictures, parquet, arrow or WebDataset tar files or a URL of such (`s3://`, `hf://` or
+    whatever fsspec opens), or a dataset's hub id."""
     split: Text = "train"
     """Split to train on, or part of one in the notation of `datasets`: `train[:1000]`."""
     image_column: Text = "image"
@@ -90,6 +91,9 @@ class DataConfig(Section):
     buckets: Buckets | None = None
     """Shapes that pictures are given, each the nearest to its own: so many of diffusers' ladder of aspect ratios, whose
     areas are about resolution x resolution, or a list of [width, height]; null: all become squares."""
+    order: Literal["full", "blocks"] = "full"
+    """How an epoch's images are shuffled: `full`: all with each other; `blocks`: 65,536 at a time, from all over the
+    source in short pieces, for more images than fit in memory."""
     crop: Literal["center", "random"] = "center"
     """How pictures are cut to their shape: the middle, or another random part in each epoch."""
     random_flip: Flag = False

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -182,6 +183,34 @@ def main_process_first(make: Callable[[], T]) -> T:
     second = together(make if not is_main else lambda: None)
     made: Any = first if is_main else second
     return made
+
+
+def made_once(make: Callable[[], T]) -> T:
+    """Call `make` on the main process alone and give every process what it made, which has to be picklable.
+
+    It may refer to files. Where they are missing, as on another host with a cache of its own, it is made there again.
+
+    Raises:
+        UserError: on all processes, if any of them raised it.
+    """
+    made: list[T] = []
+
+    def pack() -> bytes:
+        made.append(make())
+        return pickle.dumps(made[0]) if processes().num_processes > 1 else b""
+
+    packed = on_main_process(pack)
+
+    def unpack() -> T:
+        if made:
+            return made[0]
+        try:
+            unpacked: T = pickle.loads(packed)  # of this launch's main process, through the control group
+            return unpacked
+        except FileNotFoundError:
+            return make()
+
+    return together(unpack)
 
 
 def all_agree(answer: bool) -> bool:

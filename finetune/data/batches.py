@@ -38,7 +38,7 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         return len(self.images)
 
     def __getitems__(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
-        """A batch of b slots, whose images have one shape.
+        """A batch of b slots of one epoch, whose images have one shape.
 
         Returns:
             noise: standard normal, in the default dtype, of the shape of what is noised: (b, C, H, W).
@@ -55,14 +55,12 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
                 channels = (shape[0], 1, 1)
                 offset = randomness.noise(self.seed, slot.epoch, slot.position, channels, "noise offset")
                 noise[place] += self.noise_offset * offset
-        timesteps = [
-            randomness.timestep(self.seed, slot.epoch, slot.position, self.num_train_timesteps, self.timestep_sampling)
-            for slot in slots
-        ]
+        places, drawn = [slot.position for slot in slots], (self.num_train_timesteps, self.timestep_sampling)
+        timesteps = randomness.timesteps(self.seed, slots[0].epoch, places, *drawn)
         return {
             **self.content(slots),
             "noise": noise,
-            "timesteps": torch.tensor(timesteps),
+            "timesteps": torch.from_numpy(timesteps),
             "weights": torch.tensor([slot.weight for slot in slots]),
             **self.conditions(slots),
             **self._dropped(slots),
@@ -98,9 +96,9 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
     def _dropped(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
         if not self.conditional:
             return {}
-        seed, probability = self.seed, self.condition_dropout
-        dropped = [randomness.condition_dropped(seed, slot.epoch, slot.position, probability) for slot in slots]
-        return {"dropped": torch.tensor(dropped)}
+        places = [slot.position for slot in slots]
+        dropped = randomness.conditions_dropped(self.seed, slots[0].epoch, places, self.condition_dropout)
+        return {"dropped": torch.from_numpy(dropped)}
 
     def flipped(self, slot: Slot) -> bool:
         """Whether the image of a slot is mirrored."""

@@ -52,7 +52,7 @@ def decoded(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pieces = np.array_split(rows, -(-len(rows) // max(PIECE, len(rows) // 64)))
     tables = []
-    with _exclusive(folder), ThreadPoolExecutor(cores) as threads:
+    with exclusive(folder), ThreadPoolExecutor(cores) as threads:
 
         def decode_batch(images: list[Encoded | None]) -> dict[str, list[Any]]:
             batch = list(threads.map(decode, images))
@@ -96,7 +96,7 @@ def _current(
 
 
 @contextmanager
-def _exclusive(folder: str) -> Iterator[None]:
+def exclusive(folder: str) -> Iterator[None]:
     """Exclusive lock on a cache folder: another run that needs it waits, and finds it filled."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "lock"), "w") as file:

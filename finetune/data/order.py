@@ -4,15 +4,16 @@ A run is a sequence of windows, each the images of one update. How a window is d
 is a matter of hardware; what is in it is not. Everything here is a pure function of (seed, epoch, window).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from finetune.core.batch import BatchLayout, window_range, windows_per_epoch
 from finetune.core.dealing import Dealing, deal_by_shape, deal_evenly
+from finetune.data.blocks import BlockOrder
 
 Indices = npt.NDArray[np.int64]
 
@@ -24,6 +25,31 @@ class Slot(NamedTuple):
     epoch: int
     position: int  # the image's place in its epoch's order, 0 .. n-1
     weight: float  # of its loss (see `Dealing.weight`), 0 for padding
+
+
+class Order(Protocol):
+    """Which image is at a position of an epoch. Every epoch has each image once."""
+
+    def images(self, epoch: int, positions: Sequence[int] | Indices) -> Indices:
+        """The images at some positions of an epoch, int64."""
+        ...
+
+
+class FullOrder:
+    """Each epoch is a permutation of all images, drawn from (seed, epoch): 8 bytes an image, in each process."""
+
+    def __init__(self, seed: int, num_images: int):
+        self._permutation = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, num_images))
+
+    def images(self, epoch: int, positions: Sequence[int] | Indices) -> Indices:
+        """The images at some positions of an epoch, int64."""
+        return self._permutation(epoch)[np.asarray(positions, dtype=np.int64)]
+
+
+def make_order(name: str, seed: int, num_images: int) -> Order:
+    """The order that `data.order` names. No more images than `blocks` mixes at a time are all mixed, as `full` does."""
+    blocks = BlockOrder(seed, num_images)
+    return blocks if name == "blocks" and num_images > blocks.mixed else FullOrder(seed, num_images)
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> Indices:
@@ -47,12 +73,15 @@ def deal(images: Indices, epoch: int, positions: range, dealing: Dealing) -> Ite
     """Micro-batches of one window, in the order in which Accelerate deals them out.
 
     Args:
-        images: the epoch's order, shape (n,).
-        positions: the window's positions in that order.
+        images: of the window, shape (n_w,).
+        positions: theirs, in the epoch's order.
     """
-    for micro_batch in dealing.in_order():
-        slots = [Slot(int(images[positions[place]]), epoch, positions[place], 0.0) for place in micro_batch.places]
-        yield [slot._replace(weight=dealing.weight) for slot in slots[: micro_batch.real]] + slots[micro_batch.real :]
+    numbers, first, weight = images.tolist(), positions.start, dealing.weight
+    for places, real in dealing.in_order():
+        yield [
+            Slot(numbers[place], epoch, first + place, weight if number < real else 0.0)
+            for number, place in enumerate(places.tolist())
+        ]
 
 
 class WindowSampler:
@@ -65,15 +94,18 @@ class WindowSampler:
 
     drop_last = True
 
-    def __init__(self, num_images: int, seed: int, layout: BatchLayout, shapes: Indices | None = None):
+    def __init__(
+        self, num_images: int, seed: int, layout: BatchLayout, shapes: Indices | None = None, order: str = "full"
+    ):
         """Sample windows of `num_images` images.
 
         Args:
             shapes: a number for the shape of each image; None if all have one.
+            order: as `data.order` names it.
         """
-        self.num_images, self.seed, self.layout, self.shapes = num_images, seed, layout, shapes
+        self.num_images, self.layout, self.shapes = num_images, layout, shapes
+        self.order = make_order(order, seed, num_images)
         self.epoch = self.window = 0
-        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, num_images))
 
     @property
     def batch_size(self) -> int | None:
@@ -89,7 +121,7 @@ class WindowSampler:
         positions = self._positions(window)
         if self.shapes is None:
             return deal_evenly(len(positions), self.layout)
-        return deal_by_shape(self.shapes[self._order(epoch)[positions.start : positions.stop]], self.layout)
+        return deal_by_shape(self.shapes[self.order.images(epoch, positions)], self.layout)
 
     def _positions(self, window: int) -> range:
         return window_range(window, self.num_images, self.layout.global_batch_size)
@@ -100,12 +132,15 @@ class WindowSampler:
     def __iter__(self) -> Iterator[list[Slot]]:
         epoch = self.epoch
         for window in self._remaining():
-            yield from deal(self._order(epoch), epoch, self._positions(window), self.dealing(epoch, window))
+            positions = self._positions(window)
+            yield from deal(self.order.images(epoch, positions), epoch, positions, self.dealing(epoch, window))
 
     def __len__(self) -> int:
         if self.shapes is None:
             stride = self.layout.micro_batch_size * self.layout.num_processes
-            windows = map(self._positions, self._remaining())
-            return sum(-(-len(positions) // stride) for positions in windows) * self.layout.num_processes
+            remaining = self._remaining()  # all but the last take N micro-steps
+            full = max(len(remaining) - 1, 0) * self.layout.gradient_accumulation_steps
+            last = len(self._positions(remaining[-1])) if remaining else 0
+            return (full + -(-last // stride)) * self.layout.num_processes
         steps = sum(self.dealing(self.epoch, window).micro_steps for window in self._remaining())
         return steps * self.layout.num_processes

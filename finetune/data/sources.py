@@ -26,12 +26,14 @@ from finetune.core.errors import UserError
 from finetune.data.card import default_configuration
 from finetune.data.damage import check_files
 from finetune.data.listing import READERS, by_kind, check_output, list_folder, printable
+from finetune.data.remote import fetch, is_url, list_shards
 from finetune.data.tables import build, build_described, build_pictures, build_tables, naming
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 NUMBERS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
-EXPECTED = "expected digits, a folder of pictures, a saved dataset, .parquet, .arrow or .tar files, or a hub id"
+EXPECTED = "expected digits, a folder of pictures, a saved dataset, .parquet, .arrow or .tar files"
+EXPECTED += " or a URL of such, or a hub id"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Source:
 
 
 def open_source(source: str, output_dir: str | None = None, captioned: bool = False) -> Source:
-    """Opens digits, a folder, a saved dataset, files or a hub id.
+    """Opens digits, a folder, a saved dataset, files, a URL or a hub id.
 
     Args:
         output_dir: where the run will write.
@@ -104,6 +106,8 @@ def _open(source: str, output_dir: str | None, captioned: bool) -> Source:
     path = os.path.abspath(source)
     if source == "digits":
         return Source({"train": _digits()})
+    if is_url(source):
+        return _open_url(source)
     if os.path.isdir(path):
         return _open_folder(path, output_dir, captioned)
     if files := sorted(filter(os.path.isfile, glob.glob(path, recursive=True))):
@@ -118,6 +122,16 @@ def _open(source: str, output_dir: str | None, captioned: bool) -> Source:
         raise UserError(f"data.source: found nothing at {path}; {EXPECTED}")
     downloads = (HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE))
     return Source(build(source), tuple(map(os.path.abspath, downloads)))
+
+
+def _open_url(source: str) -> Source:
+    """Parquet, arrow or tar files behind a URL, which the cache gets first."""
+    shards, notes = list_shards(source)
+    fetch(source, shards)
+    paths, reader = {shard.relative: shard.path for shard in shards}, shards[0].reader
+    splits = {split: [paths[name] for name in part] for split, part in _splits([*paths], reader, []).items()}
+    counts = ", ".join(f"{len(part)} in {split}" for split, part in splits.items())
+    return Source(build_tables(reader, splits), notes=[f"found {by_kind(paths)}: {counts}", *notes])
 
 
 def _digits() -> datasets.Dataset:

@@ -6,7 +6,6 @@ from torch._dynamo.exc import TorchDynamoException
 from finetune.core.distributed import printed_once
 from finetune.core.errors import UserError, first_line
 from finetune.core.failures import is_out_of_memory
-from finetune.data.order import epoch_order
 from finetune.data.workers import loader_problem
 from finetune.run.run import Run
 from finetune.training.memory import less_memory
@@ -33,7 +32,7 @@ def check_finite(run: Run, result: WindowResult) -> None:
         return
     (epoch, _), positions = run.place, np.array(run.positions)
     bad = positions if finite_losses else positions[~np.isfinite(result.losses)]
-    images = epoch_order(run.config.seed, epoch, run.length.num_images)[bad].tolist()
+    images = run.sampler.order.images(epoch, bad).tolist()
     again = f", {run.state.skipped_in_a_row + 1} updates in a row" if tolerated else ""
     problem = (
         f"step {run.state.step + 1}: found loss {result.losses.mean()}, gradient norm {result.grad_norm}{again}, "

@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from finetune.config.schema import Config
 from finetune.core.distributed import wait_for_all
 from finetune.core.kind import Kind
-from finetune.core.randomness import condition_dropped, timestep
+from finetune.core.randomness import conditions_dropped, timesteps
 from finetune.core.stopping import StopRequest
 from finetune.data.order import WindowSampler
 from finetune.evaluation import pictures
@@ -78,14 +78,14 @@ class Run:
     def timesteps(self, epoch: int, positions: npt.NDArray[np.int64] | range) -> npt.NDArray[np.int64]:
         """The timesteps that images at these positions are trained at."""
         steps, sampling = self.kind.noise_scheduler.config.num_train_timesteps, self.config.training.timestep_sampling
-        return np.array([timestep(self.config.seed, epoch, int(place), steps, sampling) for place in positions])
+        return timesteps(self.config.seed, epoch, positions, steps, sampling)
 
     def dropped(self, epoch: int, positions: range) -> npt.NDArray[np.int64] | None:
         """1 for images at these positions that are trained without their condition, else 0; None for unconditional."""
         if not self.kind.conditional:
             return None
         seed, probability = self.config.seed, self.config.training.condition_dropout
-        return np.array([int(condition_dropped(seed, epoch, place, probability)) for place in positions])
+        return conditions_dropped(seed, epoch, positions, probability).astype(np.int64)
 
     def batches(self, loader: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         """This process's micro-batches, epoch after epoch, from where the run is until it is done."""
@@ -123,10 +123,10 @@ class Run:
         scalars["train/images_per_second"] = len(positions) / seconds
         scalars |= {f"time/{phase}": spent for phase, spent in phases.items()}
         if np.isfinite(result.losses).all():
-            timesteps = self.timesteps(epoch, positions)
+            drawn = self.timesteps(epoch, positions)
             steps = self.kind.noise_scheduler.config.num_train_timesteps
             groups = self.dropped(epoch, positions)
-            scalars |= self.meters.add_window(result, timesteps, steps, groups)
+            scalars |= self.meters.add_window(result, drawn, steps, groups)
         if self.state.skipped:
             scalars["train/skipped_updates"] = self.state.skipped
         ended = self.state.step % self.length.steps_per_epoch == 0 or self.done

@@ -86,6 +86,7 @@ def _check_same_run(folder: Path, own_identity: dict[str, Any], length: Length) 
     """The step of a checkpoint, after checking that it belongs to this run and that the run goes at least that far."""
     with checkpoint.untrusted(folder) as files:
         saved = checkpoint.read_run_state(files)
+        saved["identity"]["data"].setdefault("order", "full")  # of checkpoints from before there was another
         if changed := differences(saved["identity"], own_identity):
             raise UserError(
                 *(f"{folder} is of another run: {phrase}" for phrase in changed),

@@ -79,7 +79,7 @@ def identity(config: Config, data_fingerprint: str, kind: Kind, global_batch_siz
     Args:
         data_fingerprint: of the images' content.
     """
-    options = {"data": {"crop", "random_flip"}, "model": {"pretrained"}}
+    options = {"data": {"order", "crop", "random_flip"}, "model": {"pretrained"}}
     options["training"] = {"timestep_sampling", "snr_gamma", "condition_dropout", "noise_offset"}
     options["ema"] = {"enabled"}
     settings = config.model_dump(mode="json", include={"seed": True, **options})

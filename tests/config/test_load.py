@@ -31,6 +31,7 @@ data:
   caption: null
   resolution: null
   buckets: null
+  order: full
   crop: center
   random_flip: false
   background: white

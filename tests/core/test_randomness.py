@@ -1,12 +1,14 @@
 """Draws are functions of their key, and distributed as they should be."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.core.randomness import noise, timestep, uniform
+from finetune.core.randomness import conditions_dropped, draws, noise, timesteps, uniform
 
 
 def test_noise_is_a_function_of_its_key_alone():
@@ -32,7 +34,7 @@ def test_noise_is_standard_normal():
 @pytest.mark.parametrize("sampling", ["stratified", "uniform"])
 def test_each_timestep_is_equally_likely(sampling):
     steps, epochs, positions = 10, 200, 50
-    drawn = [timestep(0, epoch, place, steps, sampling) for epoch in range(epochs) for place in range(positions)]
+    drawn = np.concatenate([timesteps(0, epoch, range(positions), steps, sampling) for epoch in range(epochs)])
     counts = np.bincount(drawn, minlength=steps)
     # 1,000 each expected, standard deviation at most 30 (sqrt(10000 x 0.1 x 0.9)); five of them
     assert counts.sum() == epochs * positions
@@ -42,7 +44,7 @@ def test_each_timestep_is_equally_likely(sampling):
 @given(start=st.integers(0, 10**9), length=st.integers(1, 200), seed=st.integers(0, 3), epoch=st.integers(0, 3))
 def test_stratified_runs_cover_the_range_evenly_at_any_length(start, length, seed, epoch):
     steps = 10**6
-    drawn = np.sort([timestep(seed, epoch, start + i, steps, "stratified") for i in range(length)]) / steps
+    drawn = np.sort(timesteps(seed, epoch, range(start, start + length), steps, "stratified")) / steps
     # The multiples of the golden ratio: a run of n points leaves no gap on the circle above 2.62 / n (phi^2) and none
     # under 0.38 / n (1 / phi^2), the three-distance theorem's bounds.
     gaps = np.diff(np.append(drawn, drawn[0] + 1))
@@ -52,8 +54,31 @@ def test_stratified_runs_cover_the_range_evenly_at_any_length(start, length, see
 
 
 def test_independent_draws_do_not_cover_evenly():
-    drawn = np.sort([timestep(0, 0, i, 10**6, "uniform") for i in range(200)]) / 10**6
+    drawn = np.sort(timesteps(0, 0, range(200), 10**6, "uniform")) / 10**6
     assert np.diff(drawn).max() > 2.62 / 200
+
+
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    epoch=st.integers(0, 10**6),
+    places=st.lists(st.integers(0, 10**12), max_size=20),
+    steps=st.integers(1, 10**6),
+)
+def test_draws_of_many_positions_are_those_of_each_to_the_bit(seed, epoch, places, steps):
+    def hashed(purpose, place):
+        digest = hashlib.blake2b(f"{seed}/{purpose}/{epoch}/{place}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+    offset = hashed("timesteps", 0)
+    stratified = [int(steps * ((offset + place * 0.6180339887) % 1.0)) for place in places]
+    assert timesteps(seed, epoch, places, steps, "stratified").tolist() == stratified
+    independent = [hashed("timestep", place) for place in places]
+    assert draws(seed, "timestep", epoch, places).tolist() == independent
+    assert [uniform(seed, "timestep", epoch, place, 1)[0] for place in places] == independent
+    drawn = timesteps(seed, epoch, np.array(places, dtype=np.int64), steps, "uniform")
+    assert drawn.tolist() == [int(steps * fraction) for fraction in independent]
+    dropped = conditions_dropped(seed, epoch, places, 0.3)
+    assert dropped.tolist() == [hashed("condition dropout", place) < 0.3 for place in places]
 
 
 def test_uniform_draws():

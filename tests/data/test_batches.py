@@ -25,8 +25,8 @@ def test_a_batch_holds_pixels_noise_timesteps_and_weights_of_its_slots():
     assert batch["weights"].tolist() == [1.5, 1.5, 0.0]
     for place, slot in enumerate(SLOTS):
         assert (batch["noise"][place] == randomness.noise(7, 3, slot.position, (3, 8, 8))).all()
-        expected = randomness.timestep(7, 3, slot.position, 1000, "stratified")
-        assert batch["timesteps"][place] == expected
+    expected = randomness.timesteps(7, 3, [slot.position for slot in SLOTS], 1000, "stratified")
+    assert batch["timesteps"].tolist() == expected.tolist()
     assert batch["timesteps"].dtype == torch.int64
 
 

@@ -137,7 +137,7 @@ def test_a_batch_has_the_caption_of_its_position(accelerator):
     expected = [float(ord(pictures.captions.texts[pictures.captions.drawn(7, slot)])) for slot in slots]
     assert batch["text"][:, 2, 1].tolist() == expected
     assert {*expected} == {98.0, 99.0}
-    assert batch["dropped"].tolist() == [randomness.condition_dropped(7, 0, place, 0.25) for place in range(50)]
+    assert batch["dropped"].tolist() == randomness.conditions_dropped(7, 0, range(50), 0.25).tolist()
 
 
 def test_what_is_there_is_not_made_again(accelerator):

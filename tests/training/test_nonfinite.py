@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.core.randomness import timestep
+from finetune.core.randomness import timesteps
 from finetune.data.batches import Batches
 from finetune.data.order import epoch_order
 from finetune.run.recovery import SKIP_LIMIT
@@ -58,7 +58,7 @@ def spoil(positions, epochs=(1,), value=np.nan):
 def culprits(positions, epoch=1):
     """As the message lists them: the images, and their timesteps."""
     images = epoch_order(3, epoch, IMAGES)[positions].tolist()  # the seed of tiny configs is 3
-    return f"images {images} at timesteps {[timestep(3, epoch, place, 100, 'stratified') for place in positions]}. "
+    return f"images {images} at timesteps {timesteps(3, epoch, positions, 100, 'stratified').tolist()}. "
 
 
 def same(one, other):

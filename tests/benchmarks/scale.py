@@ -1,0 +1,217 @@
+"""What an epoch's order costs at 1, 10 and 100 million images, how well it mixes, and how it reads from a disk.
+
+python tests/benchmarks/scale.py                      # about three minutes on one CPU core
+python tests/benchmarks/scale.py --only losses        # one of its tables
+python tests/benchmarks/scale.py --short              # the smallest sizes: does it run
+"""
+
+import json
+import os
+import time
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+from environment import FOLDER, ROOT, machine, parser
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from table import head, row
+
+import train
+from finetune.config.load import load_config
+from finetune.core.batch import BatchLayout
+from finetune.core.randomness import GOLDEN_RATIO_FRACTION, conditions_dropped, timesteps, uniform
+from finetune.data import order as orders
+from finetune.data.blocks import SHARD, BlockOrder
+from finetune.data.order import WindowSampler, make_order
+from finetune.data.pixels import FEATURES, Images, pixel_row
+from finetune.data.sources import open_source
+from harness.faults import skip_the_export
+from harness.processes import forget_processes
+
+ORDERS = "full", "blocks"
+LAYOUT = BatchLayout(16, 4, 1)  # updates of 64
+
+
+def seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def costs(short: bool) -> None:
+    """Of each order: resuming in the middle of an epoch, what is held, and slot after slot from there."""
+    head("images, order", "seek to the middle of an epoch", "memory", "a slot")
+    for count in (10**5,) if short else (10**6, 10**7, 10**8):
+        for name in ORDERS:
+            sampler = WindowSampler(count, 0, LAYOUT, None, name)
+            sampler.seek(1, len(sampler) // 8)
+            slots = iter(sampler)
+            tracemalloc.start()
+            found = seconds(lambda slots=slots: next(slots))
+            memory = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            many = 1000 if short else 10_000
+            each = seconds(lambda slots=slots, many=many: [next(slots) for _ in range(many)]) / many / 16
+            cells = f"{1000 * found:,.0f} ms", f"{memory / 1e6:,.1f} MB", f"{1e6 * each:.2f} µs"
+            row(f"{count:,}, {name}", *cells)
+
+
+def draws(short: bool) -> None:
+    """What an update lists of its window: one by one, as a loop over the formula, and at once."""
+    count = 256 if short else 16_384
+    places = range(10**7, 10**7 + count)
+
+    def stratified() -> list[int]:
+        return [
+            int(1000 * ((uniform(0, "timesteps", 3, 0, 1)[0] + place * GOLDEN_RATIO_FRACTION) % 1)) for place in places
+        ]
+
+    def independent() -> list[int]:
+        return [int(1000 * uniform(0, "timestep", 3, place, 1)[0]) for place in places]
+
+    def dropped() -> list[bool]:
+        return [uniform(0, "condition dropout", 3, place, 1)[0] < 0.1 for place in places]
+
+    head(f"of a window of {count:,}", "one by one", "at once", "equal")
+    for name, one_by_one, at_once in (
+        ("timesteps, stratified", stratified, lambda: timesteps(0, 3, places, 1000, "stratified")),
+        ("timesteps, uniform", independent, lambda: timesteps(0, 3, places, 1000, "uniform")),
+        ("dropped conditions", dropped, lambda: conditions_dropped(0, 3, places, 0.1)),
+    ):
+        times = [min(seconds(call) for _ in range(5)) for call in (one_by_one, at_once)]
+        equal = sum(one == other for one, other in zip(one_by_one(), at_once().tolist(), strict=True))
+        row(name, *(f"{1000 * each:.2f} ms" for each in times), f"{equal:,} of {count:,}")
+
+
+def mixing(short: bool) -> None:
+    """How far an order tears apart what is together in the source, beside a full shuffle."""
+    count = 10**5 if short else 10**6
+    found = {name: make_order(name, 0, count).images(0, range(count)) for name in ORDERS}
+    head(f"{count:,} images", *ORDERS, "a full shuffle's expectation")
+
+    def apart(images: np.ndarray) -> float:
+        positions = np.empty(count, dtype=np.int64)
+        positions[images] = np.arange(count)
+        return np.abs(np.diff(positions)).mean()
+
+    row("positions between neighbours of the source", *(f"{apart(found[name]):,.0f}" for name in ORDERS),
+        f"{(count + 1) / 3:,.0f}")  # fmt: skip
+
+    def in_company(size: int, images: np.ndarray) -> float:
+        """Share of the images that are in an update with another one of their shard."""
+        windows = np.sort(images[: count // size * size].reshape(-1, size) // SHARD, axis=1)
+        same = windows[:, 1:] == windows[:, :-1]
+        edge = np.zeros((len(windows), 1), dtype=bool)
+        return (np.hstack([same, edge]) | np.hstack([edge, same])).mean()
+
+    for size in (64, 256, 1024):
+        expected = 1 - np.prod(1 - (SHARD - 1) / (count - np.arange(1, size)))
+        shares = (f"{in_company(size, found[name]):.1%}" for name in ORDERS)
+        row(f"images of an update of {size} with another one of {SHARD} in a row", *shares, f"{expected:.1%}")
+
+    classes = 100  # of a source that is sorted by them
+    for size in (64, 1024, 16_384):
+        expected = size / classes * (1 - 1 / classes) * (count - size) / (count - 1)
+        spreads = []
+        for name in ORDERS:
+            parts = (found[name][: count // size * size] // (count // classes)).reshape(-1, size)
+            counts = np.stack([np.bincount(part, minlength=classes) for part in parts])
+            spreads.append(f"{((counts - size / classes) ** 2).mean() / expected:.2f}")
+        row(f"variance of a class's images in {size:,} in a row, of a sorted source", *spreads, "1.00")
+
+
+def losses(short: bool) -> None:
+    """configs/digits.yaml under a full shuffle and in blocks as small as the data set: the loss of held-out images."""
+    epochs, seeds = (1, range(2)) if short else (3, range(4))
+    head("digits, order", "validation/loss_ema", "against full, run by run")
+    by_class = str(Path(FOLDER.name, "sorted.parquet"))
+    digits = open_source("digits").splits["train"]
+    digits.sort("label").to_parquet(by_class)
+    small, found = partial(BlockOrder, shard=4, block=2, stripes=16), {}
+    for name, source in (("full", "digits"), ("blocks", "digits"), ("blocks", by_class), ("full", by_class)):
+        for seed in seeds:
+            orders.BlockOrder = small
+            output = Path(FOLDER.name, f"{name}-{Path(source).stem}-{seed}")
+            options = {"seed": seed, "output_dir": output, "data.source": source, "data.order": name}
+            options |= {"training.num_epochs": epochs, "samples.count": 0, "checkpoint.every_steps": 10_000}
+            options |= {"validation.every_steps": 10_000, "ema.power": 0.5}
+            config = load_config(ROOT / "configs/digits.yaml", [f"{key}={value}" for key, value in options.items()])
+            quietly(lambda config=config: train.main(config))
+            lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+            losses = [line["validation/loss_ema"] for line in lines if "validation/loss_ema" in line]
+            found[name, source, seed] = losses[-1]
+            orders.BlockOrder = BlockOrder
+        ends = [found[name, source, seed] for seed in seeds]
+        apart = [found[name, source, seed] / found["full", "digits", seed] - 1 for seed in seeds]
+        what = f"{name}{', sorted by class' if source == by_class else ''}"
+        row(what, f"{mean(ends):.5f} ± {stdev(ends):.5f}", f"{mean(apart):+.2%} ± {stdev(apart):.2%}")
+
+
+def quietly(action: Callable[[], object]) -> None:
+    from contextlib import redirect_stderr, redirect_stdout
+    from io import StringIO
+
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        action()
+    forget_processes()
+
+
+def reading(short: bool) -> None:
+    """Images of 32 x 32 from arrow files that the system has not cached, mapped as a run maps them."""
+    count, read = (2_000, 500) if short else (400_000, 65_536)
+    file = Path(FOLDER.name, "store.arrow")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    rows = [pixel_row(pixels)] * 1000
+    batch = pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema)
+    with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_stream(opened, batch.schema) as stream:
+        for _ in range(count // 1000):
+            stream.write(batch)
+    head(
+        f"{read:,} of {count:,} images, {file.stat().st_size / 1e9:.1f} GB", "images/s", "read from disk, of their own"
+    )
+    for name in ORDERS:
+        forget_pages(file)
+        images = Images(datasets.Dataset.from_file(str(file)), np.arange(count), 3, 32)
+        numbers = make_order(name, 0, count).images(0, range(read)).tolist()
+        before = bytes_from_disk()
+        found = seconds(lambda images=images, numbers=numbers: [images.pixels(number).copy() for number in numbers])
+        ratio = (bytes_from_disk() - before) / (read * pixels.nbytes)
+        row(name, f"{read / found:,.0f}", f"{ratio:.1f} times")
+
+
+def forget_pages(file: Path) -> None:
+    """Have the system drop a file from its cache."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bytes_from_disk() -> int:
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
+
+
+TABLES = {table.__name__: table for table in (costs, draws, mixing, losses, reading)}
+
+
+def main() -> None:
+    command = parser(__doc__)
+    command.add_argument("--only", choices=TABLES, help="one table")
+    arguments = command.parse_args()
+    torch.set_num_threads(1)
+    skip_the_export()
+    print(machine())
+    for name, table in TABLES.items():
+        if arguments.only in (None, name):
+            table(arguments.short)
+
+
+if __name__ == "__main__":
+    with FOLDER:
+        main()

@@ -1,0 +1,74 @@
+"""What the main process makes for all processes of a launch."""
+
+import json
+
+import datasets
+import datasets.table
+import pytest
+
+from finetune.data import loading, tables
+from harness.compare import differing
+from harness.configs import tiny_config, write_config, write_pictures
+from harness.faults import skip_the_export
+from harness.processes import run_two
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config(tmp_path):
+    training = {"micro_batch_size": 4, "global_batch_size": 8, "max_train_steps": 2}
+    options = {"training": training, "logging__tracker": "tensorboard"}  # whose curves are compared
+    config = tiny_config(write_pictures(tmp_path / "pictures", 16), tmp_path / "run", **options)
+    return write_config(tmp_path / "config.yaml", config)
+
+
+def logged(owner, name, log):
+    """From here on each call of a function is a line in a file."""
+    function = getattr(owner, name)
+
+    def logging(*arguments, **keywords):
+        with open(log, "a") as file:
+            print(json.dumps(str(arguments[0])), file=file)
+        return function(*arguments, **keywords)
+
+    setattr(owner, name, logging)
+
+
+def test_the_main_process_alone_looks_at_the_pictures(config, tmp_path):
+    def before(process):
+        skip_the_export()
+        logged(tables, "_state", tmp_path / f"looked-at-{process}")
+
+    outcomes = run_two("--config", config, folder=tmp_path, before=before)
+    assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes
+    looked_at = (tmp_path / "looked-at-0").read_text().splitlines()
+    assert len(looked_at) == len({*looked_at}) == 16
+    assert not (tmp_path / "looked-at-1").exists()
+
+
+def test_a_host_with_a_cache_of_its_own_decodes_for_itself(config, tmp_path):
+    """The second process has another cache, and none of the first one's files."""
+
+    def before(process):
+        skip_the_export()
+        logged(loading, "_load", tmp_path / f"loaded-{process}")
+        own = tmp_path / f"cache-{process}"
+        datasets.config.HF_DATASETS_CACHE, name = own, "_memory_mapped_arrow_table_from_file"
+        read = getattr(datasets.table, name)
+
+        def read_own(file):
+            if str(own) not in str(file):
+                raise FileNotFoundError(file)
+            return read(file)
+
+        setattr(datasets.table, name, read_own)
+
+    outcomes = run_two("--config", config, folder=tmp_path, before=before)
+    assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes
+    assert [len((tmp_path / f"loaded-{process}").read_text().splitlines()) for process in range(2)] == [1, 1]
+    assert all(list((tmp_path / f"cache-{process}/pixels").glob("*/*.arrow")) for process in range(2))
+    arguments = ("--config", config, f"output_dir={tmp_path / 'shared'}")
+    again = run_two(*arguments, folder=tmp_path, before=lambda process: skip_the_export())
+    assert [outcome.returncode for outcome in again] == [0, 0], again
+    assert differing(tmp_path / "run", tmp_path / "shared", 2) == []
