@@ -14,7 +14,7 @@ from finetune.core.shapes import Shape
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders, bare_pipeline
 from finetune.models.hub import write_pipeline
-from finetune.models.unet import settings_of, without_weights
+from finetune.models.unet import blocks, settings_of, without_weights
 
 USAGE = """\
 ```python
@@ -141,6 +141,10 @@ class StableDiffusion:
             size = self.image_format.resolution
             blank["time_ids"] = torch.tensor([[size, size, 0, 0, size, size]] * count)
         return blank | {"dropped": torch.zeros(count, dtype=torch.bool)}
+
+    def blocks(self) -> list[torch.nn.Module]:
+        """The parts of the UNet whose weights are needed at once, inner ones before those around them."""
+        return blocks(self.network)
 
     def without_memory(self) -> UNet2DConditionModel:
         """A copy of the network on the meta device: its shapes, without weights."""
