@@ -40,6 +40,7 @@ from finetune.core.distributed import (
 from finetune.core.failures import exit_code
 from finetune.core.groups import processes
 from finetune.core.shapes import run_shapes
+from finetune.core.sharding import check_sharding, place
 from finetune.core.stopping import Interrupted
 from finetune.data.encoded_batches import find_encodings, make_batches
 from finetune.data.loading import load_data
@@ -88,7 +89,10 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
 
     # Model, images, and the moving average of the weights. What the model takes is printed before it is loaded.
     outline = main_process_first(lambda: outline_kind(config.model, config.data.resolution))
-    say(together(lambda: state_plan(accelerator, outline.network, layout.num_processes, config.ema.enabled)))
+    if training.shard:
+        check_sharding(accelerator)
+    taken = layout.num_processes, config.ema.enabled, training.shard
+    say(together(lambda: state_plan(accelerator, outline.network, *taken)))
     kind = main_process_first(lambda: outline.load(config.seed))
     buckets = config.data.buckets
     shapes = on_main_process(lambda: run_shapes(buckets, kind.image_format.resolution, kind.divisor))
@@ -101,8 +105,8 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     captions = train_images.captions.examples(SHOWN_CAPTIONS) if train_images.captions else []
     names = together(lambda: sampled_names(config.samples, kind, captions))
     drawn_shapes = together(lambda: sampled_shapes(config.samples, train_images.shapes))
+    place(accelerator, kind, training.shard)
     parameters = list(kind.trainable().values())
-    kind.network.to(accelerator.device)
     noise_scheduler, ema = kind.noise_scheduler, make_ema(parameters, config.ema)
     on_main_process(lambda: check_sampling(noise_scheduler, config.samples.inference_steps))
     if training.micro_batch_size == "auto":
@@ -160,7 +164,8 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     check_compiled(accelerator, unet, kind, layout.micro_batch_size)
 
     # From here on files are written.
-    run = start_run(start, config, accelerator, kind, ema, validation, quality, names, sampler, drawn_shapes)
+    trained = kind, optimizer, ema
+    run = start_run(start, config, accelerator, *trained, validation, quality, names, sampler, drawn_shapes)
     set_hyperparameters(optimizer, config.optimizer)
     lr_scheduler = make_lr_scheduler(optimizer, config.lr_scheduler, run.length.total_steps, run.state.updates)
 

@@ -21,12 +21,19 @@ BF16 = 2**-7
 CLASSES = [Case(precision, *case, "classes") for precision in BOUNDS for case in ONCE]
 LATENTS = [Case(precision, *case, "text") for precision in BOUNDS for case in ONCE]
 LATENTS += [Case("float64", *case, kind) for case in ONCE for kind in ("sdxl", "lora")]
+SHARDED = [
+    Case(precision, layout, images, kind, shard=True)
+    for precision in BOUNDS
+    for kind in ("unconditional", "classes", "text")
+    for layout, images in (((2, 2, 2), 17), ((2, 3, 2), 19))
+]
+EXACT = [*FULL, *(Case("float64", *case) for case in ONCE), *CLASSES, *LATENTS, *SHARDED]
+IN_BF16 = [*(Case("bf16", *case) for case in ONCE), Case("bf16", (2, 2, 2), 17, shard=True)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    once = [Case(precision, *case) for precision in ("float64", "bf16") for case in ONCE]
-    return run_cases(tmp_path_factory.mktemp("invariance"), FULL + once + CLASSES + LATENTS)
+    return run_cases(tmp_path_factory.mktemp("invariance"), EXACT + IN_BF16)
 
 
 def assert_same_images(runs, case):
@@ -35,7 +42,7 @@ def assert_same_images(runs, case):
     assert slots(runs[case]) == slots(runs[case.reference])
 
 
-@pytest.mark.parametrize("case", [*FULL, *(Case("float64", *case) for case in ONCE), *CLASSES, *LATENTS], ids=str)
+@pytest.mark.parametrize("case", EXACT, ids=str)
 def test_every_layout_is_the_same_run(runs, case):
     assert_same_images(runs, case)
     lines = history(runs[case])
@@ -45,7 +52,7 @@ def test_every_layout_is_the_same_run(runs, case):
     assert {name: apart for name, apart in found.items() if apart > BOUNDS[case.precision]} == {}
 
 
-@pytest.mark.parametrize("case", [Case("bf16", *case) for case in ONCE], ids=str)
+@pytest.mark.parametrize("case", IN_BF16, ids=str)
 def test_in_bf16_the_losses_agree_within_its_resolution(runs, case):
     assert_same_images(runs, case)
     found = differences(runs[case.reference], runs[case], case.updates)

@@ -48,6 +48,9 @@ class Config(Section):
             yield "checkpoint.keep_best", "found true; expected it with validation.quality, which says what is best"
         if self.validation.quality and not (self.data.validation_fraction or self.data.validation_split):
             yield "validation.quality", "found no held-out images; expected data.validation_fraction above 0 or a split"
+        if self.training.shard and self.model.lora is not None:
+            problem = "found true with model.lora, whose adapters take little memory; expected false"
+            yield "training.shard", f"{problem} (model.lora.base_dtype halves what the frozen weights take)"
         if self.samples.shapes is not None:
             yield from doubles("samples.shapes", self.samples.shapes)
             if self.data.buckets is None:

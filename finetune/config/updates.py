@@ -31,6 +31,8 @@ class TrainingConfig(Section):
     """Share of the images trained without their class or caption, from 0 to below 1, which guidance compares with."""
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite, stop the run or skip the update."""
+    shard: Flag = False
+    """Spread weights, gradients, optimizer and average over the processes, each of which holds its share."""
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
         if self.num_epochs is None and self.max_train_steps is None:
@@ -42,6 +44,8 @@ class TrainingConfig(Section):
             if total is None or steps is not None:
                 problem = f"found {given}; auto needs global_batch_size and no gradient_accumulation_steps"
                 yield "micro_batch_size", problem
+            if self.shard:  # a trial that runs out of memory would leave the other processes waiting for its weights
+                yield "micro_batch_size", "found auto with shard; expected a number, which --check tries"
         elif sizes.count(None) > 1:
             yield "", f"found {given or 'none'} of {', '.join(keys)}; expected at least two"
         elif total is not None and (mismatch := uneven(total, micro, steps)):

@@ -55,8 +55,8 @@ def _refuse_sharded_launches() -> None:
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             problem = (
                 f"launch: found ACCELERATE_USE_{name}=true, from accelerate launch --use_{name.lower()} or its config "
-                "file; expected neither: what a model holds is spread over processes by training.shard, which does "
-                "not exist yet. Launch plain processes, each of which holds the whole model"
+                "file; expected neither: what a model holds is spread over plain processes by "
+                "training.shard=true in the run's config"
             )
             raise UserError(problem) if os.environ.get("RANK", "0") == "0" else UserError()
 

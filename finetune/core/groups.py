@@ -48,6 +48,11 @@ def processes() -> PartialState:
     return state
 
 
+def control_group() -> dist.ProcessGroup | None:
+    """The group to wait in for what may take long; None if this process is alone."""
+    return _control[0] if _control else None
+
+
 def gathered(value: Any) -> list[Any]:
     """Every process's value, which has to be picklable, in the order of the processes."""
     values = [value] * processes().num_processes

@@ -135,6 +135,10 @@ class Kind(Protocol):
         """A batch of `count` blank images as the data would make it, on the CPU: of a shape, or of the largest area."""
         ...
 
+    def blocks(self) -> list[torch.nn.Module]:
+        """The parts of the network whose weights are needed at once, inner ones before those around them."""
+        ...
+
     def without_memory(self) -> ModelMixin:
         """A copy of the network on the meta device: its shapes, without weights."""
         ...

@@ -16,7 +16,7 @@ from finetune.core.kind import Kind
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
 from finetune.data.pixels import Pixels
-from finetune.evaluation.rounds import as_pixels, evaluating, rounds
+from finetune.evaluation.rounds import as_pixels, evaluating, pass_idly, rounds
 
 DEFAULT_ROWS = 10  # classes that are sampled where the config names none
 
@@ -155,6 +155,8 @@ def sample_each(
                     output = _guided(kind, x, timestep, told, guidance_scale, negative, shape)
                     # DDIM that clips the image has to derive the noise from the clipped image, or guidance ruins it.
                     x = ddim.step(output, timestep, x, use_clipped_model_output=kind.conditional).prev_sample
+                else:
+                    pass_idly(kind)
             if chunk is not None:
                 drawn.setdefault(shape, []).append((chunk, x))
     for parts in drawn.values():  # all of a shape at once, since a model of latents loads what makes images of them

@@ -13,7 +13,7 @@ from finetune.core.kind import Kind
 from finetune.core.randomness import noise
 from finetune.data.batches import Batches
 from finetune.data.pixels import Pixels
-from finetune.evaluation.rounds import CHUNK, as_pixels, evaluating, rounds
+from finetune.evaluation.rounds import CHUNK, as_pixels, evaluating, pass_idly, rounds
 from finetune.training.objective import loss_per_image, predicted_images
 
 
@@ -55,6 +55,7 @@ class Validation:
             for chunk in rounds(len(self.timesteps), accelerator, self._shapes):
                 check()
                 if chunk is None:
+                    pass_idly(self.kind)
                     continue
                 shown = [draw % len(self.examples) for draw in chunk]
                 made = self._predict(accelerator.device, shown, chunk, self.timesteps[chunk], dropped)

@@ -2,18 +2,48 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 
 from finetune.config.updates import EMAConfig
+from finetune.core.sharding import local
+
+
+class LocalEMA(EMAModel):  # type: ignore[misc] # diffusers has no types
+    """The average of what this process holds of the parameters: all of them, or its parts of sharded ones.
+
+    torch's foreach kernels copy no sharded tensors, and there is nothing here that processes would have to agree on.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], **options: Any):
+        super().__init__(_local(parameters), **options)
+
+    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        super().step(_local(parameters))
+
+    def store(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        super().store(_local(parameters))
+
+    def copy_to(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        super().copy_to(_local(parameters))
+
+    def restore(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        super().restore(_local(parameters))
+
+
+def _local(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """What this process holds of parameters, in the same memory."""
+    held = [(weight, local(weight)) for weight in parameters]
+    return [own if own is weight else torch.nn.Parameter(own, weight.requires_grad) for weight, own in held]
 
 
 def make_ema(parameters: Iterable[torch.nn.Parameter], config: EMAConfig) -> EMAModel | None:
     """The average, on the parameters' device, warmed up as 1 - (1 + step)^-power up to `decay`; None if disabled."""
     if not config.enabled:
         return None
-    return EMAModel(parameters, decay=config.decay, use_ema_warmup=True, power=config.power, foreach=True)
+    return LocalEMA(parameters, decay=config.decay, use_ema_warmup=True, power=config.power, foreach=True)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from finetune.models.checks import check_forward
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders, bare_pipeline
 from finetune.models.hub import write_pipeline
-from finetune.models.unet import settings_of, without_weights
+from finetune.models.unet import blocks, settings_of, without_weights
 
 USAGE = """\
 ```python
@@ -146,6 +146,10 @@ class StableDiffusion:
     def _uncropped(shape: Shape, count: int) -> torch.Tensor:
         """SDXL's sizes of pictures that have a shape from the start: original size, crop, target size, (count, 6)."""
         return torch.tensor([[*shape, 0, 0, *shape]] * count)
+
+    def blocks(self) -> list[torch.nn.Module]:
+        """The parts of the UNet whose weights are needed at once, inner ones before those around them."""
+        return blocks(self.network)
 
     def without_memory(self) -> UNet2DConditionModel:
         """A copy of the network on the meta device: its shapes, without weights."""

@@ -14,6 +14,7 @@ from finetune.models.checks import check_finite, check_forward
 from finetune.models.hub import check_keys, variant, write_pipeline
 from finetune.models.noise_schedulers import build_noise_scheduler
 from finetune.models.unet import (
+    blocks,
     build_unet,
     check_unet,
     fewest_pixels,
@@ -95,6 +96,10 @@ class Unconditional:
         sides = shape or max(self.shapes, key=lambda shape: shape.area)
         size = (count, self.image_format.channels, *sides)
         return {"images": torch.zeros(size, dtype=torch.uint8), "noise": torch.zeros(size)}
+
+    def blocks(self) -> list[torch.nn.Module]:
+        """The parts of the UNet whose weights are needed at once, inner ones before those around them."""
+        return blocks(self.network)
 
     def without_memory(self) -> UNet2DModel:
         """A copy of the network on the meta device: its shapes, without weights."""

@@ -5,11 +5,15 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 
 from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError, first_line
 from finetune.models.hub import read_json, variant
 from finetune.models.noise_schedulers import check_scheduler
+
+_INNER = ResnetBlock2D, ResnetBlockCondNorm2D, BasicTransformerBlock
 
 
 class Pretrained(NamedTuple):
@@ -119,6 +123,17 @@ def without_weights(network: ModelMixin) -> Any:
     settings = {key: value for key, value in network.config.items() if key != "_use_default_values"}
     with torch.device("meta"):
         return type(network).from_config(settings)
+
+
+def blocks(network: ModelMixin) -> list[torch.nn.Module]:
+    """The parts of a UNet whose weights are needed at once, inner ones before those around them.
+
+    Its residual and transformer blocks hold most of the weights; what else is in the blocks at one resolution is a part
+    for each of these.
+    """
+    middle = [] if network.mid_block is None else [network.mid_block]
+    inner = [module for module in network.modules() if isinstance(module, _INNER)]
+    return [*inner, *network.down_blocks, *middle, *network.up_blocks]
 
 
 def settings_of(component: Any) -> dict[str, Any]:

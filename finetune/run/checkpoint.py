@@ -9,7 +9,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from finetune.core.distributed import together
 from finetune.core.errors import UserError, first_line
 from finetune.core.files import writing
-from finetune.run import manifest
+from finetune.core.groups import gathered
+from finetune.run import manifest, shards
 
 RUN_STATE = "run_state.json"
 PARTIAL = ".checkpoint.partial"
-_REQUIRED = ("model.safetensors", "optimizer.bin", RUN_STATE)
 _is_loaded = re.compile(
-    r"(model|ema)\.safetensors|optimizer\.bin|scaler\.pt|random_states_\d+\.pkl|run_state\.json"
+    r"(model|ema)\.safetensors|optimizer\.bin|scaler\.pt|random_states_\d+\.pkl|run_state\.json|" + shards.FILE.pattern
 ).fullmatch
 
 
@@ -70,12 +71,14 @@ def save(
     step: int,
     run_state: dict[str, Any],
     tensors: dict[str, dict[str, Tensor]],
+    parts: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `checkpoint-<step>`; all processes call it together.
 
     Args:
         run_state: JSON saved with the weights: where the run is, and which run it is.
         tensors: further named groups of tensors, each written as `<group>.safetensors`.
+        parts: of a sharded run the state that `shards` writes, in place of these and of Accelerate's.
 
     Raises:
         UserError: if any process could not write. Existing checkpoints are untouched, nothing is left behind.
@@ -83,25 +86,34 @@ def save(
     folder, temporary = output_dir / f"checkpoint-{step}", output_dir / PARTIAL
 
     @writing(folder)
-    def write() -> None:
-        with _without_crc32():
-            accelerator.save_state(str(temporary))
+    def write() -> dict[str, Any]:
+        """Returns what this process found of its files, which the main one need not read again."""
+        own = {}
+        if parts is not None:
+            own = manifest.describe(temporary, shards.write(temporary, parts))
+        else:
+            with _without_crc32():
+                accelerator.save_state(str(temporary))
         if accelerator.is_main_process:
             for group, named in tensors.items():
                 save_file(named, temporary / f"{group}.safetensors")
             (temporary / RUN_STATE).write_text(json.dumps(run_state, indent=2), encoding="utf-8")
+        return own
 
     @writing(folder)
     def publish() -> None:
         if accelerator.is_main_process:
-            manifest.seal(temporary, step, [file.name for file in temporary.iterdir() if _is_loaded(file.name)])
+            if parts is not None:
+                manifest.seal(temporary, step, [RUN_STATE], described)
+            else:
+                manifest.seal(temporary, step, [file.name for file in temporary.iterdir() if _is_loaded(file.name)])
             if folder.exists():  # a damaged one that resuming skipped
                 shutil.rmtree(folder)
             temporary.rename(folder)
             manifest.sync(output_dir)
 
     try:
-        together(write)
+        described = dict(ChainMap(*gathered(together(write))))
         together(publish)
     except Exception:  # among them a data worker's death, which torch raises wherever its signal arrives
         if accelerator.is_main_process:
@@ -123,7 +135,14 @@ def _without_crc32() -> Iterator[None]:
 
 def flaw(folder: Path) -> str | None:
     """Why a checkpoint is not valid, in a few words; None if every file that is loaded matches its manifest."""
-    return manifest.flaw(folder, _is_loaded, _REQUIRED)
+    return manifest.flaw(folder, _is_loaded, _lacking)
+
+
+def _lacking(names: Iterable[str]) -> list[str]:
+    """What a checkpoint with these files lacks: parts of the state, or files of it."""
+    parts = any(map(shards.FILE.fullmatch, names))
+    whole = [] if parts else ["model.safetensors", "optimizer.bin"]
+    return [*shards.missing(names), *(name for name in (*whole, RUN_STATE) if name not in names)]
 
 
 def step_of(folder: Path) -> int:

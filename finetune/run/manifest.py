@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import xxhash
@@ -11,13 +12,23 @@ import xxhash
 MANIFEST = "manifest.json"
 
 
-def seal(folder: Path, step: int, names: Iterable[str]) -> None:
-    """Sync these files of a folder to disk, then write and sync the manifest that lists them."""
+def describe(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Sync these files of a folder to disk, and return what the manifest says of them."""
     files = {}
     for name in sorted(names):
         file = folder / name
         files[name] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
         sync(file)
+    return files
+
+
+def seal(folder: Path, step: int, names: Iterable[str], described: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Sync these files of a folder to disk, then write and sync the manifest that lists them.
+
+    Args:
+        described: what other processes found of theirs.
+    """
+    files = {**describe(folder, names), **described}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"step": step, "files": files}, indent=2), encoding="utf-8")
     sync(manifest)
@@ -29,19 +40,18 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
-def flaw(folder: Path, is_loaded: Callable[[str], Any], required: Collection[str]) -> str | None:
+def flaw(folder: Path, is_loaded: Callable[[str], Any], lacks: Callable[[Iterable[str]], Iterable[str]]) -> str | None:
     """Why a folder is not valid, in a few words; None if every file that is loaded matches the manifest.
 
     Args:
         is_loaded: whether a file of this name is ever loaded; other files are ignored, listed or not.
-        required: names that the manifest has to list.
+        lacks: the names that a manifest should list and does not, by those that it lists.
     """
     try:
         manifest = read(folder)
         files, _ = manifest["files"], int(manifest["step"])
-        for name in required:
-            if name not in files:
-                return f"{name} is not in its {MANIFEST}"
+        for name in lacks(files):
+            return f"{name} is not in its {MANIFEST}"
         for name, expected in files.items():
             if not is_loaded(name):
                 continue

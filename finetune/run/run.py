@@ -16,12 +16,13 @@ from finetune.config.schema import Config
 from finetune.core.distributed import wait_for_all
 from finetune.core.kind import Kind
 from finetune.core.randomness import conditions_dropped, timesteps
+from finetune.core.sharding import gathered, is_sharded
 from finetune.core.stopping import StopRequest
 from finetune.data.order import WindowSampler
 from finetune.evaluation import pictures
 from finetune.models import hub
 from finetune.models.ema import averaged_weights
-from finetune.run import checkpoint
+from finetune.run import checkpoint, shards
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.evaluator import Evaluator
 from finetune.run.folder import Lock
@@ -39,6 +40,7 @@ class Run:
     config: Config
     accelerator: Accelerator
     kind: Kind
+    optimizer: torch.optim.Optimizer
     ema: EMAModel | None
     evaluator: Evaluator
     sampler: WindowSampler
@@ -171,10 +173,12 @@ class Run:
             "identity": self.identity,
             "config": self.config.model_dump(mode="json"),
         }
-        tensors = {}
-        if self.ema is not None:
-            tensors["ema"] = dict(zip(self.kind.trainable(), self.ema.shadow_params, strict=True))
-        checkpoint.save(self.accelerator, self.output_dir, self.state.step, run_state, tensors)
+        tensors, parts, weights = {}, None, self.kind.trainable()
+        if is_sharded(self.kind.network):
+            parts = shards.state_of(weights, self.optimizer, self.ema)
+        elif self.ema is not None:
+            tensors["ema"] = dict(zip(weights, self.ema.shadow_params, strict=True))
+        checkpoint.save(self.accelerator, self.output_dir, self.state.step, run_state, tensors, parts)
         self.saved_step = self.state.step
         self.clock.skip()
 
@@ -193,8 +197,11 @@ class Run:
             flops: of one image, forward and backward.
         """
         self.save()
-        if self.accelerator.is_main_process:
-            self._export(flops)
+        main = self.accelerator.is_main_process
+        if main or is_sharded(self.kind.network):
+            with averaged_weights(self.kind.trainable().values(), self.ema), gathered(self.kind, on_this=main):
+                if main:
+                    self._export(flops)
         wait_for_all()
         self.report.close()
         return 0
@@ -207,8 +214,7 @@ class Run:
         samples = self.evaluator.samples_file(state.step)
         shown = [samples] if samples.exists() else []
         card = model_card(self.config, self.kind, rows, shown[0].name if shown else None)
-        with averaged_weights(self.kind.trainable().values(), self.ema):
-            hub.save_export(self.kind.save, folder, card, shown)
+        hub.save_export(self.kind.save, folder, card, shown)
         if self.config.export.push_to_hub is not None:
             rows["uploaded to"] = hub.push(folder, self.config.export.push_to_hub)
         rows |= {name: str(self.output_dir / name) for name in (folder.name, "samples", "loss_curve.png")}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
@@ -17,11 +18,12 @@ from finetune.core.errors import UserError
 from finetune.core.files import atomic
 from finetune.core.kind import Kind
 from finetune.core.shapes import Shape
+from finetune.core.sharding import is_sharded
 from finetune.core.stopping import StopCheck, StopRequest
 from finetune.data.order import WindowSampler
 from finetune.evaluation.quality import Quality
 from finetune.evaluation.validation import Validation
-from finetune.run import checkpoint
+from finetune.run import checkpoint, shards
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.evaluator import Evaluator
 from finetune.run.folder import Lock, require_room, require_shared
@@ -29,7 +31,6 @@ from finetune.run.report import Report
 from finetune.run.run import Run
 from finetune.run.state import Length, RunState, differences, identity
 from finetune.run.summary import hyperparameters
-from finetune.training.memory import weight_bytes
 from finetune.training.metrics import Meters
 
 
@@ -103,7 +104,8 @@ def _check_same_run(folder: Path, own_identity: dict[str, Any], length: Length) 
 
 
 def _check_room(config: Config, kind: Kind, checkpoints: Checkpoints, step: int, total_steps: int) -> None:
-    every, keep, weights = config.checkpoint.every_steps, config.checkpoint.keep, weight_bytes(kind)
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep
+    weights = sum(weight.numel() * weight.element_size() for weight in kind.trainable().values())
     size = weights * (4 if config.ema.enabled else 3)  # weights, AdamW's two moments, the average
     saves = total_steps // every - step // every + (total_steps % every > 0)
     branches_off = checkpoints.named is not None and not checkpoints.names_own()
@@ -117,6 +119,7 @@ def start_run(
     config: Config,
     accelerator: Accelerator,
     kind: Kind,
+    optimizer: torch.optim.Optimizer,
     ema: EMAModel | None,
     validation: Validation | None,
     quality: Quality | None,
@@ -139,7 +142,7 @@ def start_run(
     checkpoint.share_weights_between_setups(accelerator)
     state, meters, folder = RunState(), Meters(), start.checkpoint
     if folder is not None:
-        state, meters, changes = together(lambda: _restore(folder, config, accelerator, kind, ema))
+        state, meters, changes = together(lambda: _restore(folder, config, accelerator, kind, optimizer, ema))
         named = start.checkpoints.named
         since = f", which was trained on from {named}" if named not in (None, folder) else ""
         say(f"Resuming from {folder}{since}: step {state.step} of {start.length.total_steps}.")
@@ -158,6 +161,7 @@ def start_run(
         config=config,
         accelerator=accelerator,
         kind=kind,
+        optimizer=optimizer,
         ema=ema,
         evaluator=Evaluator(config, accelerator, kind, ema, validation, quality, names, check_stop, report, shapes),
         sampler=sampler,
@@ -188,7 +192,12 @@ def _take_folder(start: Start) -> Lock:
 
 
 def _restore(
-    folder: Path, config: Config, accelerator: Accelerator, kind: Kind, ema: EMAModel | None
+    folder: Path,
+    config: Config,
+    accelerator: Accelerator,
+    kind: Kind,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
 ) -> tuple[RunState, Meters, list[str]]:
     """Load a checkpoint into network, optimizer and average.
 
@@ -197,11 +206,16 @@ def _restore(
     """
     with checkpoint.untrusted(folder) as files:
         saved = checkpoint.read_run_state(files)
-        checkpoint.load(accelerator, files)
         state, meters = RunState(**saved["state"]), Meters.from_state(saved["meters"])
+        if is_sharded(kind.network) or shards.written(files):
+            shards.load(files, kind.trainable(), optimizer, ema)
+            accelerator.step = 0
+        else:
+            checkpoint.load(accelerator, files)
+            if ema is not None:
+                averaged = checkpoint.load_tensors(files, "ema")
+                ema.shadow_params = [averaged[name].to(weight.device) for name, weight in kind.trainable().items()]
         if ema is not None:
-            averaged = checkpoint.load_tensors(files, "ema")
-            ema.shadow_params = [averaged[name].to(weight.device) for name, weight in kind.trainable().items()]
             ema.optimization_step = state.updates
         return state, meters, differences(saved["config"], config.model_dump(mode="json"))
 

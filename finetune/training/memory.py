@@ -17,6 +17,7 @@ from finetune.core.distributed import all_agree, together
 from finetune.core.errors import UserError
 from finetune.core.failures import is_out_of_memory
 from finetune.core.kind import Kind
+from finetune.core.sharding import gathered_bytes, held_bytes, is_sharded
 from finetune.training.host_memory import forget_peak, free_memory, peak_memory, resident_memory
 from finetune.training.trial_pass import activation_bytes, forward, unchanged
 
@@ -26,31 +27,36 @@ _PASSES = 2  # of a trial update: the second finds the first one's gradients in 
 
 
 def weight_bytes(kind: Kind) -> int:
-    """Bytes of the trainable parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in kind.trainable().values())
+    """Bytes that a process holds of the trainable parameters."""
+    return held_bytes(kind.trainable().values())
 
 
 def state_bytes(network: torch.nn.Module, averaged: bool) -> int:
-    """Bytes that training holds throughout: weights, gradients, AdamW's two moments, and the moving average.
+    """Bytes that a process holds throughout: weights, gradients, AdamW's two moments, and the moving average.
 
-    Frozen weights count once: they have neither gradients nor moments.
+    Frozen weights count once: they have neither gradients nor moments. Of a sharded network a process holds its part.
     """
     more = 4 if averaged else 3
-    parameters = list(network.parameters())
-    return sum(each.numel() * each.element_size() * (1 + more * each.requires_grad) for each in parameters)
+    return sum(held_bytes([each]) * (1 + more * each.requires_grad) for each in network.parameters())
 
 
-def state_plan(accelerator: Accelerator, outline: torch.nn.Module, num_processes: int, averaged: bool) -> str:
+def state_plan(
+    accelerator: Accelerator, outline: torch.nn.Module, num_processes: int, averaged: bool, shard: bool = False
+) -> str:
     """What training will hold throughout, said before any of it is allocated.
 
     Args:
         outline: the network on the meta device.
         num_processes: that share the memory of a CPU.
+        shard: each of them holds its share; while the network is loaded, on the CPU, each holds all of its weights.
 
     Raises:
         UserError: if that alone is more than is free.
     """
-    state, device = state_bytes(outline, averaged), accelerator.device
+    shares, device = num_processes if shard else 1, accelerator.device
+    state = most = -(-state_bytes(outline, averaged) // shares)
+    if device.type == "cpu":
+        most = max(state, held_bytes(outline.parameters()))
     if device.type == "cpu":
         free = free_memory() / num_processes
     elif device.type in ("cuda", "xpu"):
@@ -58,15 +64,15 @@ def state_plan(accelerator: Accelerator, outline: torch.nn.Module, num_processes
     else:
         free = float("inf")
     parameters = sum(parameter.numel() for parameter in outline.parameters())
-    if state > free:
+    if most > free:
         raise UserError(
             f"model: found {parameters / 1e6:.2f} M parameters, whose weights, gradients, optimizer and average take "
-            f"{state / 1e6:,.0f} MB a process, and {free / 1e6:,.0f} MB free on {device}; choose a smaller model, or a "
+            f"{most / 1e6:,.0f} MB a process, and {free / 1e6:,.0f} MB free on {device}; choose a smaller model, or a "
             "machine with more memory"
         )
     return (
         f"Model: {parameters / 1e6:.2f} M parameters; weights, gradients, optimizer and average will take "
-        f"{state / 1e6:,.0f} MB a process (--check measures the rest)"
+        f"{state / 1e6:,.0f} MB a process{f', 1/{shares} of it all' if shares > 1 else ''} (--check measures the rest)"
     )
 
 
@@ -88,11 +94,12 @@ class Trials:
             torch.accelerator.reset_peak_memory_stats(self.device)
         self.resident = resident_memory()
         self.free = free_memory() / num_processes if self.on_cpu else float("inf")
+        self.gathered = gathered_bytes(kind.network)
         self.per_image = 0.0  # bytes, by the largest trial so far
 
     def needed(self, size: int) -> float:
         """Bytes that an update of so many images takes, on top of what is held without it."""
-        return 3 * weight_bytes(self.kind) + size * max(self.per_image, self.activations)
+        return 3 * weight_bytes(self.kind) + self.gathered + size * max(self.per_image, self.activations)
 
     @cached_property
     def activations(self) -> int:
@@ -104,7 +111,11 @@ class Trials:
         Linux overcommits memory on a CPU and kills the process that uses it, so an update is not tried there if it
         would need more than is free: by the activations for one image, by the largest trial so far for more.
         """
-        return bool(_within_memory(lambda: self._fits_the_free_memory(size) and self._complete(size)))
+        return bool(_within_memory(lambda: self._may_be_tried(size) and self._complete(size)))
+
+    def _may_be_tried(self, size: int) -> bool:
+        fits = self._fits_the_free_memory(size)
+        return all_agree(fits) if is_sharded(self.kind.network) else fits  # none goes through the parts of others alone
 
     def _fits_the_free_memory(self, size: int) -> bool:
         return not self.on_cpu or size == 1 or self.needed(size) <= self.free
@@ -123,7 +134,8 @@ class Trials:
                 del copies
             del moments
         if self.on_cpu:
-            self.per_image = (peak_memory() - self.resident - 3 * weight_bytes(self.kind)) / size
+            held = 3 * weight_bytes(self.kind) + self.gathered
+            self.per_image = (peak_memory() - self.resident - held) / size
         return True
 
     def shortage(self, size: int) -> str:

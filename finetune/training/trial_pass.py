@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from finetune.core.kind import Kind
+from finetune.core.sharding import is_sharded, local
 
 
 def forward(kind: Kind, count: int) -> torch.Tensor:
@@ -42,7 +43,6 @@ def activation_bytes(kind: Kind) -> int:
     Under mixed precision about half of it; with gradient checkpointing only what is kept between the blocks.
     """
     kept: dict[int, int] = {}
-    weights = {parameter.data_ptr() for parameter in kind.network.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -50,6 +50,32 @@ def activation_bytes(kind: Kind) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with unchanged(kind), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        unchanged(kind),
+        _addresses(kind.network) as weights,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         forward(kind, 1).sum()
     return sum(kept.values())
+
+
+@contextmanager
+def _addresses(network: torch.nn.Module) -> Iterator[set[int]]:
+    """Where the weights are in memory; of a sharded network also those of the blocks that are gathered at the time."""
+    addresses, gathered, hooks = {local(weight).data_ptr() for weight in network.parameters()}, {}, []
+
+    def arrived(module: torch.nn.Module, *_: object) -> None:
+        gathered[module] = {weight.data_ptr() for weight in map(local, module.parameters())} - addresses
+        addresses.update(gathered[module])
+
+    def left(module: torch.nn.Module, *_: object) -> None:
+        addresses.difference_update(gathered.pop(module))
+
+    for module in network.modules():
+        if is_sharded(module):
+            hooks += [module.register_forward_pre_hook(arrived), module.register_forward_hook(left)]
+    try:
+        yield addresses
+    finally:
+        for hook in hooks:
+            hook.remove()

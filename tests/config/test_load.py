@@ -51,6 +51,7 @@ training:
   noise_offset: 0.0
   condition_dropout: 0.1
   nonfinite_loss: stop
+  shard: false
 optimizer:
   name: adamw
   learning_rate: 1.0e-05

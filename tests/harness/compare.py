@@ -9,19 +9,31 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor
 
+from finetune.config.load import load_config
+from finetune.models.load import outline_kind
 from finetune.run import checkpoint
+from harness.checkpoints import assembled, is_sharded
 
 TIMED = ("time/", "train/images_per_second")
 TIMED_TAGS = ("time/", "progress/images_per_second")
 
 
 def weights(output_dir: Path, step: int, part: str = "model") -> dict[str, Tensor]:
-    """Weights of a checkpoint: `model`, or `ema`."""
-    return load_file(output_dir / f"checkpoint-{step}" / f"{part}.safetensors")
+    """Weights of a checkpoint, sharded or not: `model`, or `ema`."""
+    folder = output_dir / f"checkpoint-{step}"
+    return assembled(folder, part) if is_sharded(folder) else load_file(folder / f"{part}.safetensors")
 
 
 def moments(output_dir: Path, step: int, name: str) -> dict[str, Tensor]:
-    """AdamW's `exp_avg`, `exp_avg_sq` or `step` of every parameter."""
+    """AdamW's `exp_avg`, `exp_avg_sq` or `step` of every parameter, by its number."""
+    folder = output_dir / f"checkpoint-{step}"
+    if is_sharded(folder):
+        found = assembled(folder, name)
+        config = load_config(output_dir / "config.yaml")
+        network = outline_kind(config.model, config.data.resolution).network
+        names = [weight for weight, _ in network.named_parameters() if weight in found]
+        names += sorted(found.keys() - {*names})  # of an embedding of classes, which comes last
+        return {str(index): found[weight] for index, weight in enumerate(names)}
     state = torch.load(output_dir / f"checkpoint-{step}" / "optimizer.bin", weights_only=True)["state"]
     return {str(index): tensors[name] for index, tensors in state.items()}
 

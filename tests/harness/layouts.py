@@ -30,6 +30,7 @@ class Case(NamedTuple):
     layout: tuple[int, int, int]
     images: int
     kind: str = "unconditional"
+    shard: bool = False
 
     @property
     def batch(self) -> int:
@@ -39,14 +40,15 @@ class Case(NamedTuple):
     @property
     def reference(self) -> "Case":
         precision = "float32" if self.precision == "compiled" else self.precision
-        return self._replace(precision=precision, layout=LAYOUTS[self.batch][0])
+        return self._replace(precision=precision, layout=LAYOUTS[self.batch][0], shard=False)
 
     @property
     def updates(self) -> int:
         return EPOCHS * -(-self.images // self.batch)
 
     def __str__(self) -> str:
-        return f"{self.kind}-{self.precision}-{'x'.join(map(str, self.layout))}-{self.images}"
+        sharded = "-sharded" if self.shard else ""
+        return f"{self.kind}-{self.precision}-{'x'.join(map(str, self.layout))}-{self.images}{sharded}"
 
 
 def every_case(precision: str, kind: str = "unconditional") -> list[Case]:
@@ -98,5 +100,6 @@ def _config(base: Path, case: Case) -> dict:
         training__gradient_accumulation_steps=steps,
         training__num_epochs=EPOCHS,
         training__snr_gamma=5.0,
+        training__shard=case.shard,
         lr_scheduler={"name": "cosine", "warmup_steps": 2},
     )
