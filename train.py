@@ -30,7 +30,6 @@ from finetune.core.distributed import (
     check_launch,
     check_processes,
     launch_errors,
-    made_once,
     main_process_first,
     on_main_process,
     say,
@@ -39,31 +38,25 @@ from finetune.core.distributed import (
 )
 from finetune.core.failures import exit_code
 from finetune.core.groups import processes
-from finetune.core.shapes import run_shapes
 from finetune.core.sharding import check_sharding, place
 from finetune.core.stopping import Interrupted
 from finetune.data.encoded_batches import find_encodings, make_batches
-from finetune.data.loading import load_data
+from finetune.data.loading import load_images
 from finetune.data.order import WindowSampler
-from finetune.data.remote import fetch_together
 from finetune.data.workers import make_loader
-from finetune.evaluation.prediction_type import check_prediction_type
-from finetune.evaluation.quality import Quality
-from finetune.evaluation.sampling import check_sampling, sampled_names, sampled_shapes
-from finetune.evaluation.validation import Validation
+from finetune.evaluation.evaluations import choose_samples, make_evaluations
+from finetune.evaluation.prediction_type import DRAWS, check_prediction_type
 from finetune.models.classes import with_classes
 from finetune.models.ema import make_ema
 from finetune.models.load import outline_kind
 from finetune.run.recovery import check_finite, explain_failure
 from finetune.run.start import find_start, start_run
-from finetune.run.summary import layout_dependence, peak_throughput, plan, shapes_note, unguided
+from finetune.run.summary import data_notes, peak_throughput, plan, shapes_note
 from finetune.training.compute import flops_per_image, peak_rates
 from finetune.training.memory import largest_layout, memory_plan, state_plan
 from finetune.training.objective import loss_per_image
 from finetune.training.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
-from finetune.training.soundness import check_compiled, layout_dependent_layers
-
-SHOWN_CAPTIONS = 4  # of the images, drawn where the config names no prompts
+from finetune.training.soundness import check_compiled
 
 
 def main(config: Config, check: bool = False, measure: bool = False) -> int:
@@ -85,70 +78,46 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
             **accelerator_options(),
         )
     check_launch(accelerator, layout.gradient_accumulation_steps, config.logging.tracker)
+    check_sharding(accelerator, training.shard)
     use_available_cores(accelerator)
 
-    # Model, images, and the moving average of the weights. What the model takes is printed before it is loaded.
+    # Model and images. What the model will take of memory is printed before it is loaded.
     outline = main_process_first(lambda: outline_kind(config.model, config.data.resolution))
-    if training.shard:
-        check_sharding(accelerator)
     taken = layout.num_processes, config.ema.enabled, training.shard
     say(together(lambda: state_plan(accelerator, outline.network, *taken)))
     kind = main_process_first(lambda: outline.load(config.seed))
-    buckets = config.data.buckets
-    shapes = on_main_process(lambda: run_shapes(buckets, kind.image_format.resolution, kind.divisor))
-    together(lambda: kind.train_shapes(shapes))
-    needed = config.model.class_conditional, config.output_dir, kind.captioned, shapes if buckets is not None else None
-    fetch_together(config.data.source)
-    train_images, held_out = made_once(lambda: load_data(config.data, kind.image_format, config.seed, *needed))
+    train_images, held_out = load_images(config, kind)
     if config.model.class_conditional:
         kind = together(lambda: with_classes(kind, train_images.class_names, config.seed))
-    captions = train_images.captions.examples(SHOWN_CAPTIONS) if train_images.captions else []
-    names = together(lambda: sampled_names(config.samples, kind, captions))
-    drawn_shapes = together(lambda: sampled_shapes(config.samples, train_images.shapes))
+    samples = choose_samples(config, kind, train_images)
+
+    # On the device: the network, and the moving average of its weights.
     place(accelerator, kind, training.shard)
     parameters = list(kind.trainable().values())
     noise_scheduler, ema = kind.noise_scheduler, make_ema(parameters, config.ema)
-    on_main_process(lambda: check_sampling(noise_scheduler, config.samples.inference_steps))
     if training.micro_batch_size == "auto":
         layout = largest_layout(accelerator, kind, layout, config.ema.enabled)
         accelerator.gradient_accumulation_steps = layout.gradient_accumulation_steps
 
     # What it is trained on and evaluated by.
-    encodings, encoders, steps = None, kind.encoders(), noise_scheduler.config.num_train_timesteps
-    if encoders is not None:
-        prompts = [name for name in (*names, config.samples.negative_prompt) if name]
-        encodings = together(lambda: find_encodings(config, encoders, train_images, held_out, prompts))
-    batches = make_batches(config, train_images, encodings, steps, kind.class_names)
-    validation = quality = None
-    if held_out:
-        examples = make_batches(config, held_out, encodings, steps, kind.class_names)
-        validation = Validation(examples, config.validation.images, config.seed, kind, training.snr_gamma)
-        if config.validation.quality is not None:
-            told = held_out.names() if kind.conditional else [None]
-            quality = together(lambda: Quality(config.validation.quality, held_out, told))
+    encodings = together(lambda: find_encodings(config, kind, train_images, held_out, samples.texts))
+    batches = make_batches(config, kind, train_images, encodings)
+    evaluations = make_evaluations(config, kind, samples, held_out, encodings)
+    sampler = WindowSampler(len(train_images), config.seed, layout, train_images.shape_numbers, config.data.order)
 
     # Where the run starts: at the newest valid checkpoint, if any. Nothing is written yet.
     start = find_start(config, accelerator, kind, layout, len(train_images), train_images.fingerprint)
 
     # The plan.
-    flops = flops_per_image(kind, train_images.shapes)
-    sampler = WindowSampler(len(train_images), config.seed, layout, train_images.shape_numbers, config.data.order)
-    notes = list(dict.fromkeys([*train_images.notes, *(held_out.notes if held_out else ())]))
-    notes += encodings.notes if encodings else []
-    counts, dealt = (len(train_images), len(held_out or ())), shapes_note(train_images.shapes, sampler)
+    flops, counts = flops_per_image(kind, train_images.shapes), (len(train_images), len(held_out or ()))
+    notes, dealt = data_notes(train_images, held_out, encodings), shapes_note(train_images.shapes, sampler)
     say(plan(config, accelerator, layout, kind, *counts, notes, flops, dealt))
-    if layers := layout_dependent_layers(kind.network):
-        say(layout_dependence(layers))
-    if note := unguided(config, kind):
-        say(note)
 
-    # Encoded once, before training; a check makes no encodings, and judges the network by those that exist.
-    if encodings is not None and not (check or measure):
-        encodings.make(accelerator)
-    encoded = encodings is None or not encodings.missing_bytes
-    if encodings is not None and encoded:
+    # Encoded once, before training; a check encodes no more than what the network is judged by.
+    if encodings is not None:
+        encodings.make(accelerator, images=DRAWS if check or measure else None)
         kind.remember(encodings.prompts())
-    if config.model.pretrained is not None and encoded:
+    if config.model.pretrained is not None:
         together(lambda: check_prediction_type(kind, batches, config.seed, accelerator.device))
     if check or measure:
         say(memory_plan(accelerator, kind, layout, config.ema.enabled))
@@ -164,8 +133,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     check_compiled(accelerator, unet, kind, layout.micro_batch_size)
 
     # From here on files are written.
-    trained = kind, optimizer, ema
-    run = start_run(start, config, accelerator, *trained, validation, quality, names, sampler, drawn_shapes)
+    run = start_run(start, config, accelerator, kind, optimizer, ema, evaluations, sampler)
     set_hyperparameters(optimizer, config.optimizer)
     lr_scheduler = make_lr_scheduler(optimizer, config.lr_scheduler, run.length.total_steps, run.state.updates)
 

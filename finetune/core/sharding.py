@@ -23,13 +23,13 @@ from finetune.core.errors import UserError
 from finetune.core.kind import Kind
 
 
-def check_sharding(accelerator: Accelerator) -> None:
+def check_sharding(accelerator: Accelerator, shard: bool) -> None:
     """Raises UserError, on all processes, if the launch asks for something that sharded networks are not trained with.
 
     fp16 would scale each process's gradients by itself; a compiled network has no blocks to gather weights for.
     """
     precision, backend = accelerator.mixed_precision, accelerator.state.dynamo_plugin.backend
-    if accelerator.num_processes == 1:  # nothing is sharded
+    if not shard or accelerator.num_processes == 1:  # nothing is sharded
         return
     for option, found, expected in (
         ("mixed_precision", precision, ["no", "bf16"]),

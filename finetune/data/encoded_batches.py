@@ -7,7 +7,7 @@ import torch
 from finetune.config.schema import Config
 from finetune.core import randomness
 from finetune.core.errors import UserError
-from finetune.core.kind import Encoders
+from finetune.core.kind import Kind
 from finetune.core.shapes import covering
 from finetune.data.batches import Batches
 from finetune.data.encodings import Encodings, image_key
@@ -101,32 +101,35 @@ def size_and_crop(images: Images, index: int, flipped: bool) -> list[int]:
     return [height, width, top, across - shape.width - left if flipped else left, *shape]
 
 
-def make_batches(
-    config: Config, images: Images, encodings: Encodings | None, num_train_timesteps: int, class_names: Sequence[str]
-) -> Batches:
+def make_batches(config: Config, kind: Kind, images: Images, encodings: Encodings | None) -> Batches:
     """The batches of some images: of their encodings for a model of latents, else of their pixels.
 
     Args:
         encodings: of these images; None for a model of pixels.
-        class_names: the classes that the model is told; none if it is told none.
     """
     data, training = config.data, config.training
-    drawn = config.seed, num_train_timesteps, training.timestep_sampling
+    drawn = config.seed, kind.noise_scheduler.config.num_train_timesteps, training.timestep_sampling
     dropout, offset = training.condition_dropout, training.noise_offset
     if encodings is not None:
         return EncodedBatches(images, encodings, *drawn, data.random_flip, dropout, offset)
-    labels = images.classes(class_names) if class_names else None
+    labels = images.classes(kind.class_names) if kind.class_names else None
     return Batches(images, *drawn, data.crop, data.random_flip, labels, dropout, offset)
 
 
 def find_encodings(
-    config: Config, encoders: Encoders, images: Images, held_out: Images | None, prompts: Sequence[str]
-) -> Encodings:
+    config: Config, kind: Kind, images: Images, held_out: Images | None, prompts: Sequence[str]
+) -> Encodings | None:
     """What of a run's images, captions and prompts the cache has encoded, and what is still to be made.
+
+    Returns:
+        None for a model of pixels.
 
     Raises:
         UserError: for random crops, which would have to be encoded while the model is trained.
     """
+    encoders = kind.encoders()
+    if encoders is None:
+        return None
     if config.data.crop != "center":
         raise UserError(
             f"data.crop: found {config.data.crop} with a model of latents, whose images are encoded once, before "

@@ -86,47 +86,66 @@ class Encodings:
             lines.append(f"captions cut off after {length} tokens: {len(longer)} of {len(captions)}, {longer[0]!r:.60}")
         return lines
 
-    def make(self, accelerator: Accelerator) -> None:
+    def make(self, accelerator: Accelerator, images: int | None = None) -> None:
         """Encode what is missing; the processes share the work. Called by all of them.
 
         Each piece is saved when it is complete, so an interrupted run continues with the next.
 
+        Args:
+            images: to train on, of which the first so many are encoded alone, each with its first caption, and no
+                prompts; None: everything.
+
         Raises:
-            UserError: on all processes, if there is no room or an encoder's output is not finite.
+            UserError: on all processes, if there is no room for everything, or an encoder's output is not finite.
         """
-        if all_agree(not self.missing_images and not self.missing_texts):
+        wanted_images, wanted_texts = self._missing(images)
+        if all_agree(not wanted_images and not wanted_texts):
             return
         on_main_process(self._require_room)
         device = accelerator.device
 
-        def encode_images(images: Sequence[Oriented]) -> dict[str, torch.Tensor]:
-            pixels = np.stack([image.pixels for image in images])
+        def encode_images(oriented: Sequence[Oriented]) -> dict[str, torch.Tensor]:
+            pixels = np.stack([image.pixels for image in oriented])
             return self.encoders.images(torch.from_numpy(pixels).permute(0, 3, 1, 2), device)
 
         def encode_texts(texts: Sequence[str]) -> dict[str, torch.Tensor]:
             return self.encoders.texts(texts, device)
 
-        texts = list(pieces_of(self.embeddings, self.encoders.text_chunk, self.missing_texts))
+        texts = list(pieces_of(self.embeddings, self.encoders.text_chunk, wanted_texts))
         try:
             together(partial(make_pieces, accelerator, texts, encode_texts, "Encoding captions"))
             self.encoders.free()  # before the VAE is loaded
-            together(partial(make_pieces, accelerator, self.image_pieces(), encode_images, "Encoding images"))
+            pieces = self.image_pieces(wanted_images)
+            together(partial(make_pieces, accelerator, pieces, encode_images, "Encoding images"))
         finally:
             self.encoders.free()
         together(self._find)
-        if self.missing_images or self.missing_texts:
+        if any(self._missing(images)):
             raise UserError(
                 f"encodings: {self.embeddings.folder.parent}: found entries missing that were just made; expected a "
                 "cache that nobody deletes from while it is used: run the same command again",
                 exit_code=1,
             )
 
-    def image_pieces(self) -> "list[Piece[Oriented]]":
-        """The images that are missing, each piece of one shape."""
+    def _missing(self, images: int | None) -> "tuple[dict[bytes, Oriented], dict[bytes, str]]":
+        """What is missing of the images and texts that `make` is asked for."""
+        if images is None:
+            return self.missing_images, self.missing_texts
+        pictures, _ = self.parts[0]
+        first, captions = range(min(images, len(pictures))), pictures.captions
+        names = {image_key(pictures, index, False) for index in first}
+        told = {captions.texts[captions.first(index)] for index in first} if captions is not None else set()
+        return (
+            {name: image for name, image in self.missing_images.items() if name in names},
+            {name: text for name, text in self.missing_texts.items() if text in {"", *told}},
+        )
+
+    def image_pieces(self, missing: "Mapping[bytes, Oriented]") -> "list[Piece[Oriented]]":
+        """Images that are missing, each piece of one shape."""
         pieces: list[Piece[Oriented]] = []
         for shape, store in self.posteriors.items():
-            missing = {name: image for name, image in self.missing_images.items() if image.shape == shape}
-            pieces += pieces_of(store, self.encoders.image_chunk(shape), missing)
+            of_shape = {name: image for name, image in missing.items() if image.shape == shape}
+            pieces += pieces_of(store, self.encoders.image_chunk(shape), of_shape)
         return pieces
 
     def _require_room(self) -> None:

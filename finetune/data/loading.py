@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from finetune.config.inputs import DataConfig
+from finetune.config.schema import Config
+from finetune.core.distributed import made_once, on_main_process, together
 from finetune.core.errors import UserError
-from finetune.core.kind import ImageFormat
-from finetune.core.shapes import Shape
+from finetune.core.kind import ImageFormat, Kind
+from finetune.core.shapes import Shape, run_shapes
 from finetune.data.cache import decoded
 from finetune.data.caption_sources import read_captions
 from finetune.data.changes import changes_to_shapes, changes_to_squares, first_frames
@@ -27,10 +29,28 @@ from finetune.data.pixels import (
     pixel_row,
     shaped_row,
 )
+from finetune.data.remote import fetch_together
 from finetune.data.selection import Selection, select
 from finetune.data.sources import Source, explained, open_source
 
 LISTED = 20  # bad images that an error or the plan names
+
+
+def load_images(config: Config, kind: Kind) -> tuple[Images, Images | None]:
+    """The images of a run in the shapes that it trains, which the kind is told: to train on, and held out.
+
+    Called by all processes; the main one decodes, the others read its cache.
+
+    Raises:
+        UserError: on all processes, as `load_data` does, or for shapes that the network cannot take.
+    """
+    data, square = config.data, kind.image_format.resolution
+    shapes = on_main_process(lambda: run_shapes(data.buckets, square, kind.divisor))
+    together(lambda: kind.train_shapes(shapes))
+    fetch_together(data.source)
+    needed = config.model.class_conditional, config.output_dir, kind.captioned
+    several = None if data.buckets is None else shapes
+    return made_once(lambda: load_data(data, kind.image_format, config.seed, *needed, several))
 
 
 def load_data(
@@ -44,8 +64,7 @@ def load_data(
 ) -> tuple[Images, Images | None]:
     """Images to train on and images held out: `validation_split`, or a fraction chosen by the seed alone.
 
-    Decoded unless the cache has them. With several processes the main one calls this first, and the others read its
-    cache.
+    Decoded unless the cache has them.
 
     Args:
         labelled: every image has to have a label, and a held-out one the label of some image to train on.

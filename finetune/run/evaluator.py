@@ -15,6 +15,7 @@ from finetune.core.shapes import Shape
 from finetune.core.stopping import StopCheck
 from finetune.data.pixels import Pixels
 from finetune.evaluation import pictures
+from finetune.evaluation.evaluations import Evaluations
 from finetune.evaluation.quality import Quality
 from finetune.evaluation.sampling import sample, sample_each
 from finetune.evaluation.validation import Validation
@@ -32,12 +33,9 @@ class Evaluator:
     accelerator: Accelerator
     kind: Kind
     ema: EMAModel | None
-    validation: Validation | None
-    quality: Quality | None
-    names: Sequence[str | None]  # the conditions that samples are drawn for
+    evaluations: Evaluations
     check_stop: StopCheck
     report: Report
-    shapes: Sequence[Shape]  # of the sample grids
 
     def evaluate(self, state: RunState, length: Length) -> None:
         """Do what is due at this step and not done yet, and note in `state` that it is done. Called by all processes.
@@ -50,14 +48,14 @@ class Evaluator:
         def due(every_steps: int, last: int) -> bool:
             return (state.step % every_steps == 0 or state.step >= length.total_steps) and last != state.step
 
-        if self.validation and due(length.interval(validation.every_steps), state.validated):
-            self._validate(self.validation, state)
+        if self.evaluations.validation and due(length.interval(validation.every_steps), state.validated):
+            self._validate(self.evaluations.validation, state)
             state.validated = state.step
         if samples.count and due(samples.every_steps, state.sampled):
             self._draw(state.step)
             state.sampled = state.step
-        if self.quality and due(self.quality.every_steps, state.measured):
-            distance = self._measure(self.quality, state.step)
+        if (quality := self.evaluations.quality) and due(quality.every_steps, state.measured):
+            distance = self._measure(quality, state.step)
             if state.step > 0 and (state.best_distance is None or distance < state.best_distance):
                 state.best_step, state.best_distance = state.step, distance
             state.measured = state.step
@@ -88,19 +86,20 @@ class Evaluator:
         self.report.log(state.step, {name: float(value) for name, value in scalars.items()})
 
     def _draw(self, step: int) -> None:
-        options, rows = self.config.samples, self.names
+        options, rows = self.config.samples, self.evaluations.samples.names
+        validation = self.evaluations.validation
         names = [name for name in rows for _ in range(-(-options.count // len(rows)))]
         with self._averaged():
             blocks = [
                 [self._sample(names, scale, "samples", shape) for scale in options.guidance_scales]
-                for shape in self.shapes
+                for shape in self.evaluations.samples.shapes
             ]
-            strip = self.validation.denoise(self.accelerator.device) if self.validation else None
+            strip = validation.denoise(self.accelerator.device) if validation else None
         grid = pictures.beside([pictures.sample_grid(block, rows, options.guidance_scales) for block in blocks])
         file = self.samples_file(step)
         self.report.picture("samples", step, grid, file)
-        if self.validation and strip is not None:
-            levels = self.validation.noise_levels
+        if validation and strip is not None:
+            levels = validation.noise_levels
             labelled = pictures.grid(strip, len(levels), ["input", "output"], levels, corner="timestep")
             self.report.picture("denoising", step, labelled, file.with_name(f"denoising-{step}.png"))
 

@@ -1,7 +1,6 @@
 """The start of a run: where it starts is found first, without writing anything; then its folder is taken."""
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ from finetune.core.distributed import on_main_process, say, together
 from finetune.core.errors import UserError
 from finetune.core.files import atomic
 from finetune.core.kind import Kind
-from finetune.core.shapes import Shape
 from finetune.core.sharding import is_sharded
 from finetune.core.stopping import StopCheck, StopRequest
 from finetune.data.order import WindowSampler
-from finetune.evaluation.quality import Quality
-from finetune.evaluation.validation import Validation
+from finetune.evaluation.evaluations import Evaluations
 from finetune.run import checkpoint, shards
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.evaluator import Evaluator
@@ -121,18 +118,13 @@ def start_run(
     kind: Kind,
     optimizer: torch.optim.Optimizer,
     ema: EMAModel | None,
-    validation: Validation | None,
-    quality: Quality | None,
-    names: Sequence[str | None],
+    evaluations: Evaluations,
     sampler: WindowSampler,
-    shapes: Sequence[Shape],
 ) -> Run:
     """Lock the output folder, load the checkpoint that was found, and open the report. Called by all processes.
 
     Args:
         kind: with its network on the device; network and optimizer are prepared by the Accelerator.
-        names: the conditions that samples are drawn for.
-        shapes: of the sample grids.
 
     Raises:
         UserError: if another run holds the folder, or it cannot be written, or the checkpoint cannot be loaded.
@@ -163,7 +155,7 @@ def start_run(
         kind=kind,
         optimizer=optimizer,
         ema=ema,
-        evaluator=Evaluator(config, accelerator, kind, ema, validation, quality, names, check_stop, report, shapes),
+        evaluator=Evaluator(config, accelerator, kind, ema, evaluations, check_stop, report),
         sampler=sampler,
         length=start.length,
         identity=start.identity,

@@ -16,9 +16,12 @@ from finetune.config.schema import Config
 from finetune.core.batch import BatchLayout, window_range, windows_per_epoch
 from finetune.core.kind import Kind
 from finetune.core.shapes import Shape
+from finetune.data.encodings import Encodings
 from finetune.data.order import WindowSampler
+from finetune.data.pixels import Images
 from finetune.run.state import Length
 from finetune.training.compute import has_bf16, with_prefix
+from finetune.training.soundness import layout_dependent_layers
 
 _WINDOWS_COUNTED = 100  # of the first epoch, whose micro-steps the plan gives
 
@@ -45,7 +48,7 @@ def plan(
     flops: int,
     shapes: str | None = None,
 ) -> str:
-    """What is about to be trained, and how.
+    """What is about to be trained, and how; below that, what may surprise about it.
 
     Args:
         notes: what is done to the pictures before they are trained on, a line each.
@@ -72,7 +75,7 @@ def plan(
     resolution = str(kind.shapes[0]) if len(kind.shapes) == 1 else f"{len(kind.shapes)} shapes"
     if kind.made_for not in (None, size):
         resolution += f" (the model was made for {kind.made_for} x {kind.made_for})"
-    return table(
+    rows = table(
         "Plan",
         {
             "device": f"{accelerator.device.type}, {layout.num_processes} process(es){threads}, {precision}",
@@ -92,6 +95,14 @@ def plan(
             "output": config.output_dir,
         },
     )
+    surprises = layout_dependence(layout_dependent_layers(kind.network)), unguided(config, kind)
+    return "\n".join([rows, *filter(None, surprises)])
+
+
+def data_notes(images: Images, held_out: Images | None, encodings: Encodings | None) -> list[str]:
+    """What the plan says of the data, each line once."""
+    sources = [source for source in (images, held_out, encodings) if source is not None]
+    return list(dict.fromkeys(note for source in sources for note in source.notes))
 
 
 def shapes_note(images: Mapping[Shape, int], sampler: WindowSampler) -> str | None:
@@ -128,8 +139,10 @@ def unguided(config: Config, kind: Kind) -> str | None:
     )
 
 
-def layout_dependence(layers: list[str]) -> str:
-    """Warning text for layers that break batch-layout invariance."""
+def layout_dependence(layers: list[str]) -> str | None:
+    """Warning text for layers that break batch-layout invariance, if there are any."""
+    if not layers:
+        return None
     named = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
     return (
         "Note: the result of this run depends on its batch layout, since the network has layers that draw at random or "

@@ -1,6 +1,6 @@
 """Class-conditional training on the digits: accuracy by guidance scale, the start of the embedding, quality over a run.
 
-python tests/benchmarks/classes.py            # about ten minutes on two CPU cores
+python tests/benchmarks/classes.py            # about 25 minutes on a CPU core
 python tests/benchmarks/classes.py --short    # few updates and images: does it run
 """
 
@@ -19,6 +19,7 @@ from table import head, row
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from finetune.evaluation.quality import Features, feature_distances
 from finetune.models import classes
 from harness.compare import history
 from harness.configs import ROOT
@@ -90,6 +91,20 @@ def untrained_vit(folder: Path) -> str:
     return saved(ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4, num_channels=1)), folder)
 
 
+def in_place_of_samples(features: str, draws: int) -> tuple[float, float]:
+    """Mean and deviation of the kernel distance between 200 digits and 200 others of the same classes."""
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8).repeat(2, 1).repeat(2, 2)[..., None]
+    known, generator, found = Features(features).of(pixels), np.random.default_rng(0), []
+    for _ in range(draws):
+        order = generator.permutation(len(pixels))
+        real, rest = order[:200], order[200:]
+        spare = {label: iter(rest[digits.target[rest] == label]) for label in range(10)}
+        others = [next(spare[label]) for label in digits.target[real]]
+        found.append(feature_distances(known[real], known[others])["kernel_distance"])
+    return float(np.mean(found)), float(np.std(found))
+
+
 def saved(network: PreTrainedModel, folder: Path) -> str:
     """Save a network for grey images of 16 pixels a side with its image processor; returns the folder's name."""
     network.eval().save_pretrained(folder)
@@ -100,7 +115,7 @@ def saved(network: PreTrainedModel, folder: Path) -> str:
 
 def main(short: bool) -> None:
     each, images = (2, 20) if short else (20, 200)
-    updates, early = (4, 2) if short else (300, 100)
+    updates, early, draws = (4, 2, 4) if short else (300, 100, 20)
 
     head("guidance scale", "requested digit read", "with the noise of the unclipped image")
     trained = train("whole", updates)
@@ -124,6 +139,8 @@ def main(short: bool) -> None:
         trained_resnet(Path(FOLDER.name, "resnet"), 1 if short else 12),
         untrained_vit(Path(FOLDER.name, "vit")),
     )
+    head("real digits in place of samples, ResNet", "kernel distance, mean", "deviation")
+    row(f"{draws} draws", *(f"{value:.3f}" for value in in_place_of_samples(resnet, draws)))
     measured = [
         ("from the base, scale 1", resnet, 1.0, []),
         ("from scratch, scale 1, a ViT", vit, 1.0, scratch),

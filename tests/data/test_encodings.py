@@ -215,7 +215,7 @@ def test_processes_share_the_pieces(monkeypatch):
             return {name: torch.zeros(2, 1, 4, 2) for name in ("mean", "std")}
 
         alone = SimpleNamespace(process_index=process, num_processes=2, is_main_process=False)
-        make_pieces(alone, encodings.image_pieces(), encode, "Encoding images")
+        make_pieces(alone, encodings.image_pieces(encodings.missing_images), encode, "Encoding images")
         shares.append(chosen)
     assert shares == [[[0, 1], [4, 4]], [[2, 3]]]  # the last chunk is filled up
     assert find().missing_images == {}
@@ -241,6 +241,18 @@ def test_the_plan_says_how_much_there_is_and_how_much_is_missing(accelerator):
     assert cut_off == "captions cut off after 3 tokens: 1 of 5, 'a long caption'"
     encodings.make(accelerator)
     assert encodings.notes[0] == "encodings: 5 latents and 6 texts, 0.0 MB on disk"
+
+
+def test_the_first_images_are_encoded_alone_with_their_first_captions(accelerator):
+    pictures = images(texts=[["a"], ["b", "c"], ["a"], ["d"], ["e"]])
+    encodings = find(pictures=pictures, flips=True, prompts=["f"])
+    encodings.make(accelerator, images=2)
+    assert (len(encodings.missing_images), [*encodings.missing_texts.values()]) == (8, ["c", "d", "e", "f"])
+    assert encodings.encoders.work == [4, 2]  # a chunk of texts: a, b and the empty one, and one of images
+    encodings.make(accelerator, images=2)
+    assert encodings.encoders.work == [4, 2]
+    encodings.make(accelerator)
+    assert not encodings.missing_bytes
 
 
 def test_too_little_room_is_found_before_anything_is_encoded(accelerator, monkeypatch):
@@ -354,7 +366,7 @@ def test_processes_share_the_pieces_of_all_shapes():
             return {name: torch.zeros(len(images), *field) for name, field in fields.items()}
 
         alone = SimpleNamespace(process_index=process, num_processes=2, is_main_process=False)
-        make_pieces(alone, encodings.image_pieces(), encode, "Encoding images")
+        make_pieces(alone, encodings.image_pieces(encodings.missing_images), encode, "Encoding images")
         shares.append(chosen)
     assert shares == [[{Shape(2, 8)}, {Shape(8, 2)}], [{Shape(4, 4)}]]
     assert find(pictures=shaped_images()).missing_images == {}

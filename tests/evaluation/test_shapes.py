@@ -53,7 +53,7 @@ def test_a_draw_of_many_shapes_has_the_loss_that_it_has_alone(accelerator, kind)
         made = together._predict(torch.device("cpu"), [index], [index], together.timesteps[[index]])
         assert made.clean.shape == (1, 1, *image.shape[:2])
         # an image's loss is the mean over its own pixels
-        assert losses[index] == pytest.approx(float((made.output - made.noise).square().mean()), rel=1e-5)
+        assert losses[index] == pytest.approx((made.output - made.noise).square().mean().item(), rel=1e-5)
 
 
 def test_samples_have_the_shape_that_is_asked_for(accelerator, kind):
