@@ -41,7 +41,8 @@ def _originals(file: str, by_stem: dict[str, list[str]]) -> list[str]:
     folder, stem = os.path.dirname(file), _stem(file)
     match = _FILE.fullmatch(stem)
     name = (match["after"] or match["before"]) if match else stem
-    same_name = by_stem.get(name.lower(), ()) if match else ()
+    # WordPress reduces large pictures to x-scaled, and makes thumbnails x-150x150 of them.
+    same_name = [*by_stem.get(name.lower(), ()), *by_stem.get(f"{name}-scaled".lower(), ())] if match else []
     if not _FOLDER.fullmatch(os.path.basename(folder)):
         return [other for other in same_name if os.path.dirname(other) == folder]
     above = os.path.dirname(folder)

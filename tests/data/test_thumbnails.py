@@ -28,6 +28,7 @@ TABLE = [
     ({"x/a.png": LARGE, "x/thumb/a.png": SMALL, "x/thumb/b.png": SMALL}, ["x/thumb/a.png"]),
     ({"a.png": LARGE, "a-15x15.png": SQUARE, "a_thumb.png": SMALL}, ["a-15x15.png", "a_thumb.png"]),
     ({"a.png": LARGE, "a-48x36.png": (48, 36)}, ["a-48x36.png"]),  # WordPress writes sizes close to the original too
+    ({"a-scaled.png": LARGE, "a-32x24.png": HALF}, ["a-32x24.png"]),
     ({"a.png": LARGE, "tn_a.png": SMALL, "thumb-a.png": SMALL}, ["thumb-a.png", "tn_a.png"]),
     ({"a.JPG": LARGE, "A_THUMB.JPG": SMALL}, ["A_THUMB.JPG"]),
     # A picture of one's own: no original, another picture, or as large.
@@ -71,6 +72,18 @@ def test_a_thumbnail_is_upright_where_its_original_says_so_in_exif(tmp_path):
     Image.fromarray(columns).save(tmp_path / "a.jpg", exif=exif)
     Image.fromarray(columns).rotate(-90, expand=True).resize((12, 16)).save(tmp_path / "a_thumb.jpg")
     assert len(open_source(str(tmp_path)).splits["train"]) == 1
+
+
+def test_a_thumbnail_may_show_the_middle_alone(tmp_path):
+    """Of a row of four squares, black, grey, white, black, a square of the middle two halves."""
+    row = np.repeat(np.array([[0, 90, 255, 0]], np.uint8), 40, axis=0).repeat(40, axis=1)
+    Image.fromarray(row).save(tmp_path / "a.png")
+    Image.fromarray(row[:, 60:100]).resize((15, 15)).save(tmp_path / "a-15x15.png")
+    Image.fromarray(row[:, :40]).resize((15, 15)).save(
+        tmp_path / "a-16x16.png"
+    )  # a part at the edge is another picture
+    source = open_source(str(tmp_path))
+    assert source.notes[1:] == ["left out thumbnails of pictures beside them (1): 1 .png (a-15x15.png)"]
 
 
 @pytest.mark.parametrize("name", ["SYNOPHOTO_THUMB_M.jpg", "SYNOFILE_THUMB_XL.png", "synophoto_thumb_s.jpg"])
