@@ -1,6 +1,8 @@
 """A thumbnail is left out, and the plan says so, where the picture that it was made from is there too; nothing else
 is."""
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -109,3 +111,11 @@ def test_what_cannot_be_opened_is_no_thumbnail(tmp_path):
     root = pictures(tmp_path, {"a.png": LARGE})
     (root / "a_thumb.png").write_bytes(b"")
     assert len(open_source(str(root)).splits["train"]) == 2
+
+
+def test_large_pictures_are_compared_without_a_warning(tmp_path, monkeypatch):
+    root = pictures(tmp_path, {"a.png": LARGE, "a_thumb.png": SMALL})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # of 64 x 48: PIL warns, and refuses twice as many
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(open_source(str(root)).splits["train"]) == 1
