@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,7 +163,8 @@ def _has_several(file: Image.Image) -> bool:
     if file.format == "MPO" or not getattr(file, "is_animated", False):  # MPO: a photo, and its depth or preview
         return False
     try:
-        return file.format != "TIFF" or sum(not is_reduced(page) for page in ImageSequence.Iterator(file)) > 1
+        full_pages = (page for page in ImageSequence.Iterator(file) if not is_reduced(page))
+        return file.format != "TIFF" or len([*islice(full_pages, 2)]) == 2
     except Exception:  # a page that is damaged is not used
         return True
     finally:

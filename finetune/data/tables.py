@@ -23,11 +23,19 @@ Classes = Mapping[str, datasets.ClassLabel]
 
 
 def build(name: str, **options: Any) -> dict[str, datasets.Dataset]:
-    """The splits of what `datasets.load_dataset` would load."""
+    """The splits of what `datasets.load_dataset` would load.
+
+    Of a hub's README.md that names classes and no column of pictures, it would read the named columns alone.
+    """
     builder = datasets.load_dataset_builder(name, **options)
+    described = builder.info.features or {}
+    classes = {column: kind for column, kind in described.items() if isinstance(kind, datasets.ClassLabel)}
+    is_partial = bool(classes) and not any(isinstance(kind, datasets.Image) for kind in described.values())
+    if is_partial:
+        builder.info.features = None
     builder.download_and_prepare()
     splits: dict[str, datasets.Dataset] = builder.as_dataset()
-    return splits
+    return {split: named_classes(table, classes, name) for split, table in splits.items()} if is_partial else splits
 
 
 def build_tables(

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from finetune.data.decode import quiet
 from finetune.data.formats import FORMATS
 
 SERVER = re.compile(r"syno(photo|file|video|index)_(thumb|screenshot|media_info|film).*", re.IGNORECASE)  # Synology
@@ -33,7 +34,8 @@ def thumbnails(path: str, files: Iterable[str]) -> set[str]:
     for file in files:
         by_stem.setdefault(_stem(file).lower(), []).append(file)
     is_copy = partial(_is_copy, path)
-    return {file for file in files if any(is_copy(file, other) for other in _originals(file, by_stem))}
+    with quiet():
+        return {file for file in files if any(is_copy(file, other) for other in _originals(file, by_stem))}
 
 
 def _originals(file: str, by_stem: dict[str, list[str]]) -> list[str]:
@@ -41,7 +43,8 @@ def _originals(file: str, by_stem: dict[str, list[str]]) -> list[str]:
     folder, stem = os.path.dirname(file), _stem(file)
     match = _FILE.fullmatch(stem)
     name = (match["after"] or match["before"]) if match else stem
-    same_name = by_stem.get(name.lower(), ()) if match else ()
+    # WordPress reduces large pictures to x-scaled, and makes thumbnails x-150x150 of them.
+    same_name = [*by_stem.get(name.lower(), ()), *by_stem.get(f"{name}-scaled".lower(), ())] if match else []
     if not _FOLDER.fullmatch(os.path.basename(folder)):
         return [other for other in same_name if os.path.dirname(other) == folder]
     above = os.path.dirname(folder)

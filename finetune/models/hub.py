@@ -52,6 +52,13 @@ def pipeline_folder(name: str) -> Path:
     """
     if os.path.isdir(name):
         return Path(name)
+    if os.path.exists(name):
+        raise UserError(
+            f"model.pretrained: found the file {name}; expected the folder of a pipeline (of a checkpoint in one file, "
+            "diffusers' from_single_file and save_pretrained make one) or a hub id"
+        )
+    if name.startswith((".", os.sep)) or name.count("/") > 1:
+        raise UserError(f"model.pretrained: found nothing at {name}; expected the folder of a pipeline or a hub id")
     try:
         return Path(snapshot_download(name, allow_patterns=[glob.escape(file) for file in _files_to_load(name)]))
     except UserError:

@@ -9,6 +9,7 @@ from finetune.core.errors import UserError
 from finetune.core.kind import Kind
 from finetune.models.components import PIPELINES
 from finetune.models.hub import pipeline_folder
+from finetune.models.lora_files import DIFFUSERS
 from finetune.models.text_to_image import StableDiffusionOutline
 from finetune.models.unconditional import UnconditionalOutline
 
@@ -23,6 +24,11 @@ def outline_kind(config: ModelConfig, resolution: int | None) -> UnconditionalOu
         UserError: one line that names the key, what was found and what was expected.
     """
     folder = None if config.pretrained is None else pipeline_folder(config.pretrained)
+    if folder is not None and (folder / DIFFUSERS).exists() and not (folder / "model_index.json").exists():
+        raise UserError(
+            f"model.pretrained: {config.pretrained}: found the adapter {DIFFUSERS}; expected the pipeline that it was "
+            "trained beside"
+        )
     if folder is not None and str((index := _index(folder)).get("_class_name")) in PIPELINES:
         return StableDiffusionOutline(config, folder, index, resolution)
     if config.lora is not None:

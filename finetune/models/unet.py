@@ -36,7 +36,7 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
     Raises:
         UserError: if it is no pipeline of such a network.
     """
-    index = read_json(folder / "model_index.json", name, "a folder of a DDPM pipeline, as diffusers saves it")
+    index = read_json(folder / "model_index.json", name, "the folder of a pipeline, as diffusers saves it")
     components = {part: value for part, value in index.items() if not part.startswith("_") and part != "id2label"}
     if components.get("unet") != ["diffusers", "UNet2DModel"] or set(components) != {"unet", "scheduler"}:
         found = ", ".join(f"{part}: {value}" for part, value in components.items())

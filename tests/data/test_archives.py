@@ -117,3 +117,12 @@ def test_pictures_without_an_extension_are_not_passed_over(tmp_path):
 def test_a_class_that_is_no_integer_is_named(tmp_path):
     path = tar(tmp_path / "x.tar", {"a.png": png(), "a.cls": b"cat"})
     assert problem(path) == f"data.source: {path}: found b'cat' in 'a.cls', expected an integer; texts are named .txt"
+
+
+@pytest.mark.parametrize("name", ["data/._0.png", "data/.DS_Store"])
+def test_hidden_files_in_folders_of_a_tar_are_refused_by_name(tmp_path, name):
+    """macOS adds ._0.png to each 0.png; up to its first dot the name is `data/`, a row of its own."""
+    files = {name: b"", **{f"data/{file}": data for file, data in PICTURES.items()}}
+    line = problem(tar(tmp_path / "x.tar", files))
+    assert line.startswith(f"data.source: {tmp_path}/x.tar: found the hidden file '{name}', which would become a row")
+    assert rows(tar(tmp_path / "y.tar", {"./._0.png": b"", **PICTURES})) == 7  # without a folder it is passed over

@@ -236,6 +236,25 @@ def test_a_tga_that_says_that_it_has_no_transparency_has_none(tmp_path):
     assert small(str(tmp_path / "x.tga")) == RED
 
 
+def jpeg2000(value, mode: str | None = None) -> bytes:
+    image = Image.new(mode, (8, 8), value) if mode else Image.fromarray(np.full((8, 8), value, np.uint16))
+    return encoded(image, "JPEG2000", irreversible=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (jpeg2000(25_700), [100] * 3),  # of 16 bits
+        (jpeg2000(65_535), WHITE),
+        (jpeg2000((200, 60, 60), "RGB"), [200, 60, 60]),
+        (jpeg2000((0, 64), "LA"), [191] * 3),
+        (jpeg2000((0, 0, 0, 64), "RGBA"), [191] * 3),
+    ],
+)
+def test_samples_of_jpeg_2000(data, expected):
+    assert small(data) == expected
+
+
 def frames(kind: str, count: int) -> bytes:
     red, *others = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")[:count])
     return encoded(red, kind, save_all=True, append_images=others)

@@ -1,6 +1,8 @@
 """A thumbnail is left out, and the plan says so, where the picture that it was made from is there too; nothing else
 is."""
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,6 +30,7 @@ TABLE = [
     ({"x/a.png": LARGE, "x/thumb/a.png": SMALL, "x/thumb/b.png": SMALL}, ["x/thumb/a.png"]),
     ({"a.png": LARGE, "a-15x15.png": SQUARE, "a_thumb.png": SMALL}, ["a-15x15.png", "a_thumb.png"]),
     ({"a.png": LARGE, "a-48x36.png": (48, 36)}, ["a-48x36.png"]),  # WordPress writes sizes close to the original too
+    ({"a-scaled.png": LARGE, "a-32x24.png": HALF}, ["a-32x24.png"]),
     ({"a.png": LARGE, "tn_a.png": SMALL, "thumb-a.png": SMALL}, ["thumb-a.png", "tn_a.png"]),
     ({"a.JPG": LARGE, "A_THUMB.JPG": SMALL}, ["A_THUMB.JPG"]),
     # A picture of one's own: no original, another picture, or as large.
@@ -73,6 +76,18 @@ def test_a_thumbnail_is_upright_where_its_original_says_so_in_exif(tmp_path):
     assert len(open_source(str(tmp_path)).splits["train"]) == 1
 
 
+def test_a_thumbnail_may_show_the_middle_alone(tmp_path):
+    """Of a row of four squares, black, grey, white, black, a square of the middle two halves."""
+    row = np.repeat(np.array([[0, 90, 255, 0]], np.uint8), 40, axis=0).repeat(40, axis=1)
+    Image.fromarray(row).save(tmp_path / "a.png")
+    Image.fromarray(row[:, 60:100]).resize((15, 15)).save(tmp_path / "a-15x15.png")
+    Image.fromarray(row[:, :40]).resize((15, 15)).save(
+        tmp_path / "a-16x16.png"
+    )  # a part at the edge is another picture
+    source = open_source(str(tmp_path))
+    assert source.notes[1:] == ["left out thumbnails of pictures beside them (1): 1 .png (a-15x15.png)"]
+
+
 @pytest.mark.parametrize("name", ["SYNOPHOTO_THUMB_M.jpg", "SYNOFILE_THUMB_XL.png", "synophoto_thumb_s.jpg"])
 def test_files_of_a_server_are_told_by_their_names(tmp_path, name):
     source = open_source(str(pictures(tmp_path, {"a.png": LARGE, f"eaDir copied/{name}": (*SMALL, OTHER)})))
@@ -96,3 +111,11 @@ def test_what_cannot_be_opened_is_no_thumbnail(tmp_path):
     root = pictures(tmp_path, {"a.png": LARGE})
     (root / "a_thumb.png").write_bytes(b"")
     assert len(open_source(str(root)).splits["train"]) == 2
+
+
+def test_large_pictures_are_compared_without_a_warning(tmp_path, monkeypatch):
+    root = pictures(tmp_path, {"a.png": LARGE, "a_thumb.png": SMALL})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # of 64 x 48: PIL warns, and refuses twice as many
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(open_source(str(root)).splits["train"]) == 1

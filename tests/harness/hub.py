@@ -1,21 +1,24 @@
-"""A hub on this machine: folders served as repositories of models, for the real client of huggingface_hub."""
+"""A hub on this machine: folders served as repositories, for the real clients of huggingface_hub and `datasets`."""
 
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Answers what `snapshot_download` asks.
+    """Answers what `snapshot_download` and `load_dataset` ask.
 
     Attributes:
         url: for HF_ENDPOINT.
+        repositories: their folders by name: `user/name`, of a dataset `datasets/user/name`.
         fetched: the files that were downloaded, as `user/name/folder/file`.
     """
 
@@ -27,10 +30,14 @@ class Hub:
             protocol_version = "HTTP/1.1"
 
             def do_HEAD(self):
-                self._answer(*hub.answer(self.path.partition("?")[0], head=True), head=True)
+                self._answer(*hub.answer(self.path, head=True), head=True)
 
             def do_GET(self):
-                self._answer(*hub.answer(self.path.partition("?")[0], head=False))
+                self._answer(*hub.answer(self.path, head=False))
+
+            def do_POST(self):
+                form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                self._answer(*hub.answer(self.path, head=False, asked=form.get("paths", [])))
 
             def _answer(self, code: int, content: bytes, kind: str, head: bool = False) -> None:
                 self.send_response(code)
@@ -49,27 +56,42 @@ class Hub:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def answer(self, path: str, head: bool) -> tuple[int, bytes, str]:
-        """Status, content and type for a path."""
-        user, name, *rest = path.removeprefix("/api/models").strip("/").split("/")
-        folder = self.repositories.get(f"{user}/{name}")
+    def answer(self, address: str, head: bool, asked: Sequence[str] = ()) -> tuple[int, bytes, str]:
+        """Status, content and type for an address.
+
+        Args:
+            asked: the files that are asked about, with `paths-info`.
+        """
+        path, _, query = address.partition("?")
+        is_api, is_dataset = path.startswith("/api/"), path.removeprefix("/api").startswith("/datasets/")
+        path = unquote(path).removeprefix("/api").removeprefix("/models").removeprefix("/datasets").strip("/")
+        user, name, *rest = [*path.split("/"), ""]
+        rest = [part for part in rest if part]
+        folder = self.repositories.get(("datasets/" if is_dataset else "") + f"{user}/{name}")
         if folder is None:
             return 404, b"", "text/plain"
         files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
-        if not path.startswith("/api/"):
+        if not is_api:
             file = files.get("/".join(rest[2:]))  # after resolve/<revision>
             if file is None:
                 return 404, b"", "text/plain"
             if not head:
                 self.fetched.add(f"{user}/{name}/{file.relative_to(folder)}")
             return 200, file.read_bytes(), "application/octet-stream"
+        entries = [
+            {"type": "file", "path": path, "size": file.stat().st_size, "oid": _digest(file.read_bytes())}
+            for path, file in files.items()
+        ]
+        content: Any = {"id": f"{user}/{name}", "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]}
         if rest[:1] == ["tree"]:
-            content = [
-                {"type": "file", "path": path, "size": file.stat().st_size, "oid": _digest(file.read_bytes())}
-                for path, file in files.items()
-            ]
-        else:
-            content = {"id": f"{user}/{name}", "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]}
+            inside = Path(*rest[2:])
+            folders = {str(parent) for path in files for parent in Path(path).parents} - {"."}
+            entries += [{"type": "directory", "path": path, "size": 0, "oid": _digest(b"")} for path in folders]
+            content = [entry for entry in entries if inside in Path(entry["path"]).parents]
+            if "recursive=true" not in query.lower():
+                content = [entry for entry in content if Path(entry["path"]).parent == inside]
+        elif rest[:1] == ["paths-info"]:
+            content = [entry for entry in entries if entry["path"] in asked]
         return 200, json.dumps(content).encode(), "application/json"
 
     def stop(self) -> None:

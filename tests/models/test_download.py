@@ -43,6 +43,7 @@ def repositories(full, tmp_path_factory):
     shutil.copytree(full, base / "mixed", dirs_exist_ok=True)
     (base / "mixed/unet/diffusion_pytorch_model.safetensors").unlink()
     half.save_pretrained(base / "shards", variant="fp16", max_shard_size="20KB")
+    (base / "both/unet/diffusion_pytorch_model.bin").write_bytes(b"a pickle, which safetensors make needless")
     for name in ("half", "both", "mixed", "shards"):
         for file in FOREIGN:
             (base / name / file).parent.mkdir(exist_ok=True)

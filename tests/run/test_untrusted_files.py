@@ -88,6 +88,40 @@ def test_foreign_files_in_a_checkpoint_are_not_opened(base, newest, tmp_path, bo
     assert not marker.exists()
 
 
+FOREIGN_FOLDERS = "@eaDir/model.safetensors", ".ipynb_checkpoints/optimizer.bin", "lost/deep/random_states_0.pkl"
+
+
+@pytest.mark.parametrize("name", FOREIGN_FOLDERS)
+def test_foreign_folders_in_a_checkpoint_are_not_opened(base, newest, tmp_path, name):
+    """As servers, notebooks and repairs of a disk leave them; and the checkpoint is pruned with them in it."""
+    marker = tmp_path / "ran"
+    (newest / name).parent.mkdir(parents=True)
+    (newest / name).write_bytes(plain_pickle(marker))
+    resumed = resume(base, newest)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resum" in resumed.stdout
+    assert not marker.exists()
+    assert (newest / name).exists()  # what is not the run's own stays, as long as the checkpoint does
+
+
+@pytest.mark.parametrize("kind", ["file", "empty folder", "copy", "broken link"])
+def test_what_only_has_the_name_of_a_checkpoint_does_not_stop_the_run(base, newest, kind):
+    other = newest.parent / {"copy": "checkpoint-2 (copy)"}.get(kind, "checkpoint-9")
+    if kind == "file":
+        other.write_bytes(b"")
+    elif kind == "empty folder":
+        other.mkdir()
+    elif kind == "copy":
+        shutil.copytree(newest, other)
+    else:
+        other.symlink_to("nowhere")
+    resumed = resume(base, newest)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Traceback" not in resumed.stderr
+    if kind != "copy":
+        assert f"{other} is skipped: " in resumed.stdout
+
+
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_as_the_random_state_of_a_further_process_does_not_go_off(base, newest, tmp_path, bomb):
     marker = tmp_path / "ran"

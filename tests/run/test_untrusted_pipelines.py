@@ -151,6 +151,7 @@ TRICKS = {  # a file, and what is added to it; then whether it is refused
 @pytest.mark.parametrize("trick", TRICKS)
 def test_code_that_a_pipeline_names_does_not_run(copied, fine_tune, tmp_path, trick):
     (name, more), refused = TRICKS[trick]
+    found = "found _attn_implementation" if "kernel" in trick else "found attn_impl" if "deeper" in trick else ""
     pipeline = copied("text")
     code = f"import os; os.mkdir({str(tmp_path / 'ran')!r})\nclass Evil: pass\nUNet2DConditionModel = Evil\n"
     for folder in (pipeline, *(path for path in pipeline.iterdir() if path.is_dir())):
@@ -162,6 +163,7 @@ def test_code_that_a_pipeline_names_does_not_run(copied, fine_tune, tmp_path, tr
     assert not (tmp_path / "ran").exists()
     if refused:
         assert_refused(outcome, tmp_path, f"model.pretrained: {pipeline}")
+        assert found in outcome.error  # by what it says, not because a library for it is missing here
     else:
         assert outcome.returncode == 0, outcome.stderr
 
