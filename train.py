@@ -42,9 +42,9 @@ from finetune.core.groups import processes
 from finetune.core.shapes import run_shapes
 from finetune.core.stopping import Interrupted
 from finetune.data.encoded_batches import find_encodings, make_batches
+from finetune.data.fetching import fetch_together
 from finetune.data.loading import load_data
 from finetune.data.order import WindowSampler
-from finetune.data.remote import fetch_together
 from finetune.data.workers import make_loader
 from finetune.evaluation.prediction_type import check_prediction_type
 from finetune.evaluation.quality import Quality
