@@ -68,7 +68,7 @@ ROWS = {  # command -> the first cell of each row that it prints
         *(f"images of an update of {size} with another one of 128 in a row" for size in (64, 256, 1024)),
         *(f"variance of a class's images in {size} in a row, of a sorted source" for size in ("64", "1,024", "16,384")),
         *("full", "blocks", "blocks, sorted by class", "full, sorted by class"),
-        *("full", "blocks"),
+        *("opening the file", "full", "blocks"),
     ],
     "shapes --short": [
         *("1", "3", "5", "7"),

@@ -18,6 +18,7 @@ from finetune.data.caption_sources import read_captions
 from finetune.data.changes import changes_to_shapes, changes_to_squares, first_frames
 from finetune.data.damage import is_pointer
 from finetune.data.decode import check_format, decode, decode_to_shape, original, quiet
+from finetune.data.fetching import fetch_together
 from finetune.data.order import held_out
 from finetune.data.pixels import (
     FEATURES,
@@ -29,7 +30,6 @@ from finetune.data.pixels import (
     pixel_row,
     shaped_row,
 )
-from finetune.data.remote import fetch_together
 from finetune.data.selection import Selection, select
 from finetune.data.sources import Source, explained, open_source
 

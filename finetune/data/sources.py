@@ -25,8 +25,9 @@ from PIL import Image
 from finetune.core.errors import UserError
 from finetune.data.card import default_configuration
 from finetune.data.damage import check_files
+from finetune.data.fetching import fetch
 from finetune.data.listing import READERS, by_kind, check_output, list_folder, printable
-from finetune.data.remote import fetch, is_url, list_shards
+from finetune.data.remote import is_url, list_shards
 from finetune.data.tables import build, build_described, build_pictures, build_tables, naming
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}

@@ -1,5 +1,6 @@
 """Shards behind a URL: read as local ones are, fetched once, and each failure one line."""
 
+import errno
 import os
 import shutil
 from functools import partial
@@ -12,7 +13,7 @@ import pytest
 from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
 from finetune.core.kind import ImageFormat
-from finetune.data import remote
+from finetune.data import fetching, remote
 from finetune.data.loading import load_data
 from harness.configs import png, tiny_config, write_config
 from harness.faults import kill_at, skip_the_export
@@ -90,7 +91,7 @@ def test_a_damaged_copy_is_fetched_again(tmp_path, far):
     shards = write_shards(tmp_path / "shards", 2)
     url = f"far://{shards}"
     found, _ = remote.list_shards(url)
-    remote.fetch(url, found)
+    fetching.fetch(url, found)
     os.truncate(found[1].path, 5)
     assert load(url).fingerprint == load(shards).fingerprint
     assert fetches(far) == ["0.parquet", "1.parquet", "1.parquet"]
@@ -111,8 +112,8 @@ def own_cache(tmp_path, *_):
 
 
 @pytest.mark.parametrize(("owner", "name", "call"), [
-    (remote._Progress, "relative_update", 2),  # half of the first shard
-    (remote._Progress, "relative_update", 40),
+    (fetching._Progress, "relative_update", 2),  # half of the first shard
+    (fetching._Progress, "relative_update", 40),
     (os, "replace", 1),
     (os, "replace", 3),
 ])  # fmt: skip
@@ -121,7 +122,7 @@ def test_a_killed_run_fetches_only_what_is_not_complete(tmp_path, far, monkeypat
 
     def before():
         own_cache(tmp_path)
-        remote.STREAMS = 1
+        fetching.STREAMS = 1
         kill_at(owner, name, call)
 
     arguments = ("--config", config(tmp_path, shards))
@@ -190,10 +191,11 @@ class CredentialsError(Exception):
 
 @pytest.mark.parametrize(("error", "expected"), [
     (PermissionError("Forbidden"), "no access"),
+    (OSError(errno.ENOSPC, "No space left on device"), "set HF_DATASETS_CACHE"),
     (CredentialsError("Unable to locate"), "AWS_ACCESS_KEY_ID"),
     (ConnectionError("refused"), "check the address and the network"),
     (TimeoutError(), "check the address and the network"),
-    (FileNotFoundError("gone"), "no longer"),
+    (FileNotFoundError("gone"), "found nothing there"),
 ])  # fmt: skip
 @pytest.mark.parametrize("where", ["info", "get_file"])
 def test_what_a_back_end_raises_is_one_line(tmp_path, monkeypatch, error, expected, where):
