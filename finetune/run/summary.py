@@ -72,7 +72,8 @@ def plan(
     return table(
         "Plan",
         {
-            "device": f"{accelerator.device.type}, {layout.num_processes} process(es){threads}, {precision}",
+            "device": f"{accelerator.device.type}, {layout.num_processes} process(es){threads}, {precision}"
+            f"{_shares(config, layout)}",
             "model": f"{config.model.pretrained or 'from scratch'}: {parameters}, "
             f"{kind.noise_scheduler.config.prediction_type} prediction{classes}",
             "images": f"{num_images} to train on, {num_held_out} held out; {resolution}, {channels} channel(s)",
@@ -90,6 +91,15 @@ def plan(
             "output": config.output_dir,
         },
     )
+
+
+def _shares(config: Config, layout: BatchLayout) -> str:
+    """What `training.shard` makes of the processes; empty without it."""
+    if not config.training.shard:
+        return ""
+    if layout.num_processes == 1:
+        return "; training.shard has no effect with one process"
+    return f"; each process holds 1/{layout.num_processes} of weights, gradients, optimizer and average"
 
 
 def shapes_note(images: Mapping[Shape, int], sampler: WindowSampler) -> str | None:

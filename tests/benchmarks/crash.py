@@ -2,8 +2,10 @@
 
 python tests/benchmarks/crash.py               # 100 kills, about three minutes on two CPU cores
 python tests/benchmarks/crash.py --kills 5 --kind classes
+python tests/benchmarks/crash.py --kills 20 --kind sharded    # two processes, one of them killed or both
 """
 
+import contextlib
 import logging
 import random
 import sys
@@ -18,7 +20,7 @@ from table import head, row
 from finetune.run import checkpoint
 from harness.compare import differing, history
 from harness.configs import KINDS, evaluated_config, of_kind, write_config, write_pictures
-from harness.processes import finish, start
+from harness.processes import Outcome, start, start_two
 from harness.shapes import SHAPES, write_shapes
 
 EPOCHS, STEPS = 10, 30  # of 8 + 8 + 1 images
@@ -46,6 +48,9 @@ def main(kills: int, seed: int, kind: str) -> int:
     if kind == "shapes":
         options = {"data__buckets": SHAPES, "data__crop": "random"}
         write_shapes(images, 19)
+    elif kind == "sharded":
+        options = {"training__shard": True, "training__micro_batch_size": 2}
+        write_pictures(images, 19)
     else:
         write_pictures(images, 19, kind=kind)
         options = of_kind(kind, images)
@@ -54,8 +59,23 @@ def main(kills: int, seed: int, kind: str) -> int:
         config = evaluated_config(images, run, training__num_epochs=EPOCHS, **options)
         return write_config(run.with_suffix(".yaml"), config)
 
+    def attempt(file: Path, seconds: float) -> Outcome | None:
+        """How a run ended, or None if it was killed after so many seconds."""
+        running = (start_two if kind == "sharded" else start)("--config", file, folder=log)
+        first, *others = draw.sample(running, 2) if kind == "sharded" else [running]
+        try:
+            outcome = first.wait(seconds)
+        except TimeoutError:
+            for other in others:
+                with contextlib.suppress(TimeoutError):
+                    other.wait(draw.choice([0, 120]))  # killed with it, or left to notice
+            return None
+        return max([outcome, *(other.wait(120) for other in others)])
+
     started = time.monotonic()
-    finish("--config", config_of(base / "undisturbed"), folder=log)
+    undisturbed = attempt(config_of(base / "undisturbed"), 120)
+    assert undisturbed is not None
+    assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
     whole = time.monotonic() - started
     killed, runs, broken, places = 0, 0, [], Counter()
     while killed < kills:
@@ -63,15 +83,12 @@ def main(kills: int, seed: int, kind: str) -> int:
         run = base / f"run-{runs}"
         file = config_of(run)
         while True:
-            try:
-                outcome = start("--config", file, folder=log).wait(
-                    draw.uniform(0, 1.2 * whole) if killed < kills else 120
-                )
+            outcome = attempt(file, draw.uniform(0, 1.2 * whole) if killed < kills else 120)
+            if outcome is not None:
                 break
-            except TimeoutError:  # killed
-                killed += 1
-                places[where(run)] += 1
-                broken += [f"run {runs}: {each}" for each in run.glob("checkpoint-*") if checkpoint.flaw(each)]
+            killed += 1
+            places[where(run)] += 1
+            broken += [f"run {runs}: {each}" for each in run.glob("checkpoint-*") if checkpoint.flaw(each)]
         ended = (
             [f"exit code {outcome.returncode}"] if outcome.returncode else differing(base / "undisturbed", run, STEPS)
         )
@@ -90,8 +107,9 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--kills", type=int, default=100)
     options.add_argument("--seed", type=int, default=0)
-    kinds = [*KINDS, "shapes"]
-    options.add_argument("--kind", choices=kinds, default="unconditional", help="the kind of model, or many shapes")
+    kinds = [*KINDS, "shapes", "sharded"]
+    what = "the kind of model, many shapes, or one in parts"
+    options.add_argument("--kind", choices=kinds, default="unconditional", help=what)
     arguments = options.parse_args()
     with FOLDER:
         sys.exit(main(2 if arguments.short else arguments.kills, arguments.seed, arguments.kind))
