@@ -31,6 +31,7 @@ ROWS = {  # command -> the first cell of each row that it prints
         *("0", "1", "2", "3", "4"),
     ],
     "crash --kills 1": ["killed: ...", "runs that ended bit for bit as the undisturbed one"],
+    "crash --kills 1 --sharded": ["killed: ...", "runs that ended bit for bit as the undisturbed one"],
     "invariance --short": ["1 x 2 x 4"],
     "latents --short": [
         *("16 latents of 4 x 4", "images/s gained, LoRA", "images/s gained, all weights"),
@@ -60,6 +61,7 @@ ROWS = {  # command -> the first cell of each row that it prints
         "gradient checkpointing",
         "global batch 16 over 4, micro-batches of 4",
         *("gradient_checkpointing, micro-batch of 4", "saves, or none"),
+        *("each holds all", "training.shard", "training.shard, or not"),
     ],
     "scale --short": [
         *("100,000, full", "100,000, blocks"),

@@ -197,8 +197,10 @@ class Run:
             flops: of one image, forward and backward.
         """
         self.save()
-        main = self.accelerator.is_main_process
-        if main or is_sharded(self.kind.network):
+        main, spread = self.accelerator.is_main_process, is_sharded(self.kind.network)
+        if spread:
+            self.optimizer.state.clear()  # is saved, and needed no more: makes room for the whole network
+        if main or spread:
             with averaged_weights(self.kind.trainable().values(), self.ema), gathered(self.kind, on_this=main):
                 if main:
                     self._export(flops)

@@ -78,7 +78,8 @@ def plan(
     rows = table(
         "Plan",
         {
-            "device": f"{accelerator.device.type}, {layout.num_processes} process(es){threads}, {precision}",
+            "device": f"{accelerator.device.type}, {layout.num_processes} process(es){threads}, {precision}"
+            f"{_shares(config, layout)}",
             "model": f"{origin}: {parameters}, {kind.noise_scheduler.config.prediction_type} prediction{classes}",
             "images": f"{num_images} to train on, {num_held_out} held out; {resolution}, {channels} channel(s)",
             **({"pictures": "\n".join(notes)} if notes else {}),
@@ -103,6 +104,15 @@ def data_notes(images: Images, held_out: Images | None, encodings: Encodings | N
     """What the plan says of the data, each line once."""
     sources = [source for source in (images, held_out, encodings) if source is not None]
     return list(dict.fromkeys(note for source in sources for note in source.notes))
+
+
+def _shares(config: Config, layout: BatchLayout) -> str:
+    """What `training.shard` makes of the processes; empty without it."""
+    if not config.training.shard:
+        return ""
+    if layout.num_processes == 1:
+        return "; training.shard has no effect with one process"
+    return f"; each process holds 1/{layout.num_processes} of weights, gradients, optimizer and average"
 
 
 def shapes_note(images: Mapping[Shape, int], sampler: WindowSampler) -> str | None:

@@ -3,8 +3,10 @@
 python tests/benchmarks/crash.py               # 100 kills, about three minutes on two CPU cores
 python tests/benchmarks/crash.py --kills 5 --kind classes
 python tests/benchmarks/crash.py --kills 10 --kind lora --shapes
+python tests/benchmarks/crash.py --kills 20 --sharded         # two processes, one of them killed or both
 """
 
+import contextlib
 import logging
 import random
 import sys
@@ -19,7 +21,7 @@ from table import head, row
 from finetune.run import checkpoint
 from harness.compare import differing, history
 from harness.configs import KINDS, evaluated_config, of_kind, write_config, write_pictures
-from harness.processes import finish, start
+from harness.processes import Outcome, start, start_two
 from harness.shapes import SHAPES, crop_of, write_shapes
 
 EPOCHS, STEPS = 10, 30  # of 8 + 8 + 1 images
@@ -40,7 +42,7 @@ def where(run: Path) -> str:
     return "before the first update" if done <= 0 else f"updates {done // 10 * 10 + 1:02} to {done // 10 * 10 + 10}"
 
 
-def main(kills: int, seed: int, kind: str, shaped: bool) -> int:
+def main(kills: int, seed: int, kind: str, shaped: bool, sharded: bool) -> int:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every purge, and resuming purges
     draw, base = random.Random(seed), Path(FOLDER.name)
     images, log = base / "pictures", base / "log"
@@ -49,13 +51,30 @@ def main(kills: int, seed: int, kind: str, shaped: bool) -> int:
         options |= {"data__buckets": SHAPES, "data__crop": crop_of(kind), "data__random_flip": True}
     else:
         options = of_kind(kind, write_pictures(images, 19, kind=kind))
+    if sharded:
+        options |= {"training__shard": True, "training__micro_batch_size": 2}
 
     def config_of(run: Path) -> Path:
         config = evaluated_config(images, run, training__num_epochs=EPOCHS, **options)
         return write_config(run.with_suffix(".yaml"), config)
 
+    def attempt(file: Path, seconds: float) -> Outcome | None:
+        """How a run ended, or None if it was killed after so many seconds."""
+        running = (start_two if sharded else start)("--config", file, folder=log)
+        first, *others = draw.sample(running, 2) if sharded else [running]
+        try:
+            outcome = first.wait(seconds)
+        except TimeoutError:
+            for other in others:
+                with contextlib.suppress(TimeoutError):
+                    other.wait(draw.choice([0, 120]))  # killed with it, or left to notice
+            return None
+        return max([outcome, *(other.wait(120) for other in others)])
+
     started = time.monotonic()
-    finish("--config", config_of(base / "undisturbed"), folder=log)
+    undisturbed = attempt(config_of(base / "undisturbed"), 120)
+    assert undisturbed is not None
+    assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
     whole = time.monotonic() - started
     killed, runs, broken, places = 0, 0, [], Counter()
     while killed < kills:
@@ -63,15 +82,12 @@ def main(kills: int, seed: int, kind: str, shaped: bool) -> int:
         run = base / f"run-{runs}"
         file = config_of(run)
         while True:
-            try:
-                outcome = start("--config", file, folder=log).wait(
-                    draw.uniform(0, 1.2 * whole) if killed < kills else 120
-                )
+            outcome = attempt(file, draw.uniform(0, 1.2 * whole) if killed < kills else 120)
+            if outcome is not None:
                 break
-            except TimeoutError:  # killed
-                killed += 1
-                places[where(run)] += 1
-                broken += [f"run {runs}: {each}" for each in run.glob("checkpoint-*") if checkpoint.flaw(each)]
+            killed += 1
+            places[where(run)] += 1
+            broken += [f"run {runs}: {each}" for each in run.glob("checkpoint-*") if checkpoint.flaw(each)]
         ended = (
             [f"exit code {outcome.returncode}"] if outcome.returncode else differing(base / "undisturbed", run, STEPS)
         )
@@ -92,7 +108,8 @@ if __name__ == "__main__":
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--kind", choices=KINDS, default="unconditional", help="the kind of model")
     options.add_argument("--shapes", action="store_true", help="pictures of many shapes, not squares")
+    options.add_argument("--sharded", action="store_true", help="two processes that hold a part of the model each")
     arguments = options.parse_args()
     with FOLDER:
         kills = 2 if arguments.short else arguments.kills
-        sys.exit(main(kills, arguments.seed, arguments.kind, arguments.shapes))
+        sys.exit(main(kills, arguments.seed, arguments.kind, arguments.shapes, arguments.sharded))

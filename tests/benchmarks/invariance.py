@@ -12,7 +12,7 @@ from table import head, row
 
 from harness import shapes
 from harness.compare import differences, slots
-from harness.layouts import every_case, run_cases
+from harness.layouts import TAILS, Case, every_case, run_cases
 
 BOTH = ("float64", "float32")
 KINDS_OF_SHAPES = {"unconditional": BOTH, "text": BOTH, "sdxl": ("float64",), "lora": ("float64",)}
@@ -22,6 +22,13 @@ COLUMNS = {"loss": "train/loss", "gradient norm": "train/grad_norm", "weights": 
 def main(short: bool) -> None:
     cases = [case for precision in ("float64", "float32", "bf16", "compiled") for case in every_case(precision)]
     cases += [case for precision in ("float64", "float32") for case in every_case(precision, "classes")]
+    cases += [
+        Case(precision, layout, images, kind, shard=True)
+        for precision in ("float64", "float32")
+        for kind in ("unconditional", "classes", "text")
+        for layout in ((2, 2, 2), (2, 1, 4))
+        for images in TAILS[8]
+    ]
     cases = cases[:1] if short else cases
     runs = run_cases(Path(FOLDER.name), cases)
     head("processes x micro-batch x steps", "kind", "precision", "runs", *COLUMNS)
@@ -40,9 +47,14 @@ def main(short: bool) -> None:
 
 def table(runs: dict, cases: list) -> None:
     """A row for each layout, precision and kind."""
-    for kind, precision, layout in dict.fromkeys((case.kind, case.precision, case.layout) for case in cases):
-        same = [case for case in cases if (case.kind, case.precision, case.layout) == (kind, precision, layout)]
+    for group in dict.fromkeys(map(grouped, cases)):
+        same, (kind, precision, layout, sharded) = [case for case in cases if grouped(case) == group], group
+        kind += ", sharded" if sharded else ""
         row(" x ".join(map(str, layout)), kind, precision, str(len(same)), *largest(runs, same))
+
+
+def grouped(case: Case | shapes.Case) -> tuple:
+    return case.kind, case.precision, case.layout, getattr(case, "shard", False)
 
 
 def largest(runs: dict, cases: list) -> list[str]:

@@ -7,7 +7,9 @@ Each figure is the peak resident memory of a process of its own, with the C allo
 from /proc while the process runs: the peak that `wait4` returns is at least that of the process which started it.
 """
 
+import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from table import head, row
 
 from harness.configs import write_config
 
+WIDE = {**unet_config((128, 256, 352), 8), "layers_per_block": 8}  # 108 M weights, in many blocks
 MICRO_STEPS = 200  # the peak grows for so long, since the C allocator's heap does
 
 
@@ -51,8 +54,50 @@ def peak(file: Path, *overrides: str, log: Path | None = None, lines: int = 0) -
 def planned(file: Path, *overrides: str) -> float:
     """MB that `--check` announces."""
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(file), *overrides, "--check"]
-    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return announced(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+
+def announced(printed: str) -> float:
     return float(re.search(r"^Memory: about (\d+) MB", printed, re.MULTILINE)[1])
+
+
+def of_two(file: Path, *overrides: str) -> tuple[float, str]:
+    """MB at the peak of one of two processes that run train.py to its end, the larger, and what the first printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(file), *overrides]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    printed, most = Path(FOLDER.name, "printed"), 0.0
+    with printed.open("w") as first, open(os.devnull, "w") as nowhere:
+        processes = [
+            subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stdout=file)
+            for rank, file in (("0", first), ("1", nowhere))
+        ]
+        while any(process.poll() is None for process in processes):
+            most = max(most, *(read_peak(process.pid) for process in processes))
+            time.sleep(0.02)
+    assert [process.returncode for process in processes] == [0, 0]
+    return most, printed.read_text()
+
+
+def compare_shares(short: bool) -> None:
+    """Two processes, of which each holds all, or its share. To the end of the export, with an average and saves."""
+    network, found = unet_config((8, 16), 8) if short else WIDE, {}
+    file = config_file("shared", network, 2, 2, 3, images=8, logging__tracker=None, checkpoint__every_steps=2)
+    head("peak memory of one of two processes, MB", "in the plan", "measured", "plan / measured", "limit")
+    for what, shard in (("each holds all", "false"), ("training.shard", "true")):
+        overrides = f"output_dir={FOLDER.name}/shared-{shard}", f"training.shard={shard}"
+        plan = announced(of_two(file, *overrides, "--check")[1])
+        found[shard], _ = of_two(file, *overrides)
+        row(what, f"{plan:.0f}", f"{found[shard]:.0f}", plan / found[shard], "0.85 to 1.15")
+    head("peak memory of one of two processes")
+    row(
+        "training.shard, or not",
+        f"{found['true']:.0f} : {found['false']:.0f} MB",
+        found["true"] / found["false"],
+        "0.65",
+    )
 
 
 def config_file(name: str, unet: dict, micro: int, steps: int, updates: int, images: int = 64, **changes) -> Path:
@@ -85,7 +130,16 @@ def compare_plans(short: bool) -> None:
 
 
 def main() -> None:
-    short = parser(__doc__).parse_args().short
+    options = parser(__doc__)
+    options.add_argument("--shares", action="store_true", help="only of two processes that share a model or do not")
+    arguments = options.parse_args()
+    short = arguments.short
+    if not arguments.shares:
+        compare_all(short)
+    compare_shares(short)
+
+
+def compare_all(short: bool) -> None:
     compare_plans(short)
     plain = {"ema__enabled": False, "logging__tracker": None}
     head("peak memory")

@@ -139,18 +139,24 @@ def finish(
     return outcome
 
 
+def start_several(
+    processes: int, *arguments: str | Path, folder: Path, before: Callable[[int], None] = nothing, **environment: str
+) -> list[Training]:
+    """train.py on processes as the launcher would start them. `before` gets the number of its process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    environment["WORLD_SIZE"] = str(processes)
+    numbered = [environment | {"RANK": str(process), "LOCAL_RANK": str(process)} for process in range(processes)]
+    return [Training(arguments, folder, partial(before, process), own) for process, own in enumerate(numbered)]
+
+
 def start_two(
     *arguments: str | Path, folder: Path, before: Callable[[int], None] = nothing, **environment: str
 ) -> list[Training]:
     """train.py on two processes, as the launcher would start them. `before` gets the number of its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    return [
-        Training(arguments, folder, partial(before, process), environment | {"RANK": number, "LOCAL_RANK": number})
-        for process, number in enumerate("01")
-    ]
+    return start_several(2, *arguments, folder=folder, before=before, **environment)
 
 
 def run_two(

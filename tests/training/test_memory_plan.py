@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
 from finetune.core.batch import BatchLayout
+from finetune.core.errors import UserError
 from finetune.models import unconditional
 from finetune.models.unconditional import Unconditional
 from finetune.run.run import Run
@@ -75,6 +76,23 @@ def test_what_a_model_takes_is_printed_or_refused_before_it_is_loaded(tmp_path, 
             "process, and 5,481 MB free on cpu; choose a smaller model, or a machine with more memory"
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "megabytes", "needed"),
+    [(2, 10, 10), (8, 2, 4)],  # of 20 MB of state; loading takes the 4 MB of all weights
+)
+def test_a_sharded_model_takes_its_share_of_a_process(monkeypatch, processes, megabytes, needed):
+    """A million weights of 4 bytes, five times."""
+    with torch.device("meta"):
+        outline = torch.nn.Linear(1000, 1000, bias=False)
+    cpu = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(memory, "free_memory", lambda: processes * needed * 10**6)
+    plan = memory.state_plan(cpu, outline, processes, averaged=True, shard=True)
+    assert f"take {megabytes} MB a process, 1/{processes} of it all (" in plan
+    monkeypatch.setattr(memory, "free_memory", lambda: processes * needed * 10**6 - processes)
+    with pytest.raises(UserError, match=f"take {needed} MB a process, and {needed} MB free on cpu"):
+        memory.state_plan(cpu, outline, processes, averaged=True, shard=True)
 
 
 def planned_and_taken(folder, unet, size, micro):

@@ -8,6 +8,7 @@ from accelerate.state import GradientState
 
 from finetune.core.batch import BatchLayout
 from finetune.core.dealing import deal_by_shape, deal_evenly
+from finetune.training import window as window_module
 from finetune.training.window import Window, WindowResult
 
 
@@ -43,6 +44,21 @@ def test_losses_of_two_processes_are_put_in_the_order_of_positions(monkeypatch):
     # |(3, 4)| = 5 here and 1 there, each half of its micro-batch's: 2 sqrt((25 + 1) / 2)
     assert result.micro_grad_norm == pytest.approx(2 * 13**0.5)
     assert result.stop
+
+
+def test_the_first_gradient_of_a_sharded_network_is_of_all_processes(monkeypatch):
+    """It is averaged over the processes at once: an image weighs N P / 8 = 1/2, halved by Accelerate and by P."""
+    monkeypatch.setattr(window_module, "DTensor", torch.Tensor)  # as its norm is there
+    window, accelerator = Window(deal_evenly(8, BatchLayout(2, 2, 2))), Accelerator(cpu=True)
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    for gradient in ([3.0, 4.0], [9.0, 9.0]):
+        parameter.grad = torch.tensor(gradient)
+        window.add(torch.ones(2), [parameter])
+    monkeypatch.setattr(accelerator, "gather", lambda mine: torch.cat([mine, mine]))
+    result = window.close(accelerator, torch.tensor(20.0))
+    # |(3, 4)| = 5 is 1/8 of the sum of four images' gradients; their mean is 1/4 of it
+    assert result.micro_grad_norm == 10.0
+    assert result.micro_batch == 4.0
 
 
 def test_the_first_gradient_is_scaled_to_its_micro_batch_mean():
