@@ -38,6 +38,7 @@ from finetune.core.distributed import (
 )
 from finetune.core.failures import exit_code
 from finetune.core.groups import processes
+from finetune.core.launch_config import take_launch_config
 from finetune.core.sharding import check_sharding, place
 from finetune.core.stopping import Interrupted
 from finetune.data.encoded_batches import find_encodings, make_batches
@@ -191,7 +192,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    note = take_launch_config()
     check_processes()
+    if note:
+        say(note)
     config = on_main_process(lambda: load_config(arguments.config, arguments.overrides))
     return main(config, arguments.check, arguments.measure)
 

@@ -9,6 +9,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch.distributed import DistError
 from tqdm import tqdm
 
+from finetune.core import groups
 from finetune.core.distributed import leave_processes
 from finetune.core.errors import UserError, first_line
 from finetune.core.launcher import imports_done
@@ -16,6 +17,7 @@ from finetune.core.launcher import imports_done
 _SECRET = re.compile(r"hf_\w+|(?<=://)[^/@\s]+(?=@)")  # a hub token, or credentials before a host
 
 _TIMEOUT = re.compile(r"[Tt]imed out waiting (\d+)ms|[Tt]imeout\(ms\)=(\d+)")  # gloo's, NCCL's
+_SILENT = re.compile(r"(?:\[(\S+)\]:\d+: )?(?:Connection timed out|Operation timed out|No route to host|Host is down)")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -63,6 +65,14 @@ def _lost_process(error: RuntimeError | MemoryError) -> UserError | None:
             f"launch: another process of this run has not answered for {seconds:,.0f} s, so this one cannot continue; "
             "see whether it runs, and whether the connection to its host is up. Run the same command again to resume "
             "from the newest checkpoint",
+            exit_code=1,
+        )
+    if silent := _SILENT.search(str(error)):
+        where = f"the host {silent[1]}" if silent[1] else "another host of this run"
+        return UserError(
+            f"launch: {where} has been silent for {groups.SILENCE.total_seconds():,.0f} s, so this process cannot "
+            "continue; see whether it runs, and whether the connection to it is up. Run the same command again to "
+            "resume from the newest checkpoint",
             exit_code=1,
         )
     return UserError(

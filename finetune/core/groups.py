@@ -2,9 +2,14 @@
 
 A process that decodes, samples or writes alone lets the others wait in the control group for as long as it takes. In
 the gradients' group all of them have the same work, so that a process which does not come within minutes never will.
+Busy and gone are told apart by the kernels of the hosts, which answer each other whatever their processes do.
 """
 
 import os
+import socket
+import stat
+import sys
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +22,8 @@ from finetune.core.errors import UserError, first_line
 
 GRADIENTS_TIMEOUT = timedelta(minutes=10)  # also for the connections of both groups
 CONTROL_TIMEOUT = timedelta(days=1)
+SILENCE = timedelta(minutes=5)  # after which a host is taken for gone: longer than the restart of a switch
+_PROBES = 5  # in the second half of that time
 _control: list[dist.ProcessGroup] = []  # empty, or the one of this launch
 
 
@@ -36,6 +43,7 @@ def processes() -> PartialState:
             group = dist.new_group(backend="gloo", timeout=GRADIENTS_TIMEOUT)
             dist.distributed_c10d._set_pg_timeout(CONTROL_TIMEOUT, group)
             _control.append(group)
+            _notice_silent_hosts()
     except RuntimeError as error:  # DistError among them
         address = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '')}"
         raise UserError(
@@ -51,6 +59,29 @@ def processes() -> PartialState:
 def control_group() -> dist.ProcessGroup | None:
     """The group to wait in for what may take long; None if this process is alone."""
     return _control[0] if _control else None
+
+
+def _notice_silent_hosts() -> None:
+    """Have the kernel end this process's connections to a host that has been silent for `SILENCE`.
+
+    A host that lost its power or its link closes nothing: without this, who waits for it in the control group waits for
+    a day. The kernel of a living host answers for a process that decodes for hours, or is stopped. gloo has no option
+    for it, so this goes over the sockets that are open: those of both groups, and of the store that they met in.
+    """
+    half = max(1, round(SILENCE.total_seconds() / 2))
+    idle = "TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE"
+    options = {idle: half, "TCP_KEEPINTVL": max(1, half // _PROBES), "TCP_KEEPCNT": _PROBES}
+    options["TCP_USER_TIMEOUT"] = round(SILENCE.total_seconds() * 1000)  # also while something is on its way; in ms
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # the listing's own descriptor is closed by now
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    for option, value in options.items():
+                        if hasattr(socket, option):  # macOS has no TCP_USER_TIMEOUT
+                            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def gathered(value: Any) -> list[Any]:

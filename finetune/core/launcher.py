@@ -8,11 +8,16 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 
 import psutil
 
 _LAUNCHER = re.compile(r"(.*/)?(accelerate|accelerate-launch|torchrun)|accelerate\.commands\..*|torch\.distributed\..*")
 _PR_SET_PDEATHSIG = 1
+_WATCH_SECONDS = 1.0
+# Nobody sets these by hand: torch's elastic launcher does, and accelerate launch for a single process.
+_MARKS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
 
 
 def prepare_for_imports() -> None:
@@ -29,25 +34,67 @@ def imports_done() -> None:
 
 
 def _end_with_launcher() -> None:
-    """Have the kernel send SIGTERM when the launcher is gone, however it ended: no process trains on without it.
+    """Have this process get SIGTERM when its launcher is gone, however that ended: nothing trains on without it.
 
-    Only on Linux, and only for a launcher's own child: a process that `nohup` or a shell started stays.
+    On Linux the kernel sends it to a launcher's own child. Elsewhere, and where a shell script lies between the two, a
+    thread watches. Without a launcher nothing is done: a process that `nohup` or a shell started stays.
     """
-    parent = launcher()
-    if parent is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent.pid:  # it ended before the call
-        os.kill(os.getpid(), signal.SIGTERM)
+    started_by, parent = launcher(), os.getppid()
+    if started_by is None:
+        if _launcher_ended():
+            print("error: launch: the launcher of this process ended before it started", file=sys.stderr)
+            os.kill(os.getpid(), signal.SIGTERM)
+    elif sys.platform == "linux" and started_by.pid == parent:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before the call
+            os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        threading.Thread(target=_watch, args=(started_by,), daemon=True).start()
+
+
+def _watch(started_by: psutil.Process) -> None:
+    while _runs(started_by):
+        time.sleep(_WATCH_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _launcher_ended() -> bool:
+    """Whether this process, which has no launcher, had one: its environment says so, and its parent's does not."""
+    marks = [mark for mark in _MARKS if mark in os.environ]
+    try:
+        return bool(marks) and not any(mark in psutil.Process(os.getppid()).environ() for mark in marks)
+    except psutil.Error:  # another user's: that of the init process, which takes orphans in
+        return True
 
 
 def launcher() -> psutil.Process | None:
-    """The parent of this process, if it is a launcher."""
+    """The launcher that this process descends from, if any: its parent, unless a shell script lies between them."""
     try:
-        parent = psutil.Process(os.getppid())
-        return parent if any(map(_LAUNCHER.fullmatch, parent.cmdline()[:6])) else None
+        process = psutil.Process(os.getppid())
+        while process is not None and not any(map(_LAUNCHER.fullmatch, process.cmdline()[:6])):
+            process = process.parent()
+        return process
     except psutil.Error:
         return None
+
+
+def restarts_left() -> bool:
+    """Whether the launcher starts all processes again when one of them ends with an exit code other than 0."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def end_launcher() -> None:
+    """Ask the launcher to end, as a scheduler would."""
+    started_by = launcher()
+    if started_by is not None:
+        started_by.send_signal(signal.SIGTERM)
 
 
 def set_by_launcher(variable: str) -> bool:

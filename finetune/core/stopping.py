@@ -9,7 +9,8 @@ from types import FrameType
 
 import torch
 
-from finetune.core.groups import summed
+from finetune.core.groups import gathered, summed
+from finetune.core.launcher import end_launcher, restarts_left
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ECHO_SECONDS = 2.0
@@ -73,3 +74,19 @@ class StopCheck:
         """Raises Interrupted on all processes if any of them was told to stop."""
         if summed(torch.tensor(float(self.requested()))).item() > 0:
             raise Interrupted
+
+
+def prevent_restart() -> None:
+    """Have torch's elastic launcher end, where it would start a run again that was asked to stop (`--max_restarts`).
+
+    It takes any exit code but 0 for a failure, and 0 would tell a scheduler that the run is finished. Called by all
+    processes, after everything is saved: none leaves before the launchers of all hosts know.
+    """
+    if not restarts_left():
+        return
+    for number in SIGNALS:  # the launcher passes on what it gets
+        signal.signal(number, signal.SIG_IGN)
+    gathered(None)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        end_launcher()
+    gathered(None)

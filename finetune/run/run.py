@@ -17,7 +17,7 @@ from finetune.core.distributed import wait_for_all
 from finetune.core.kind import Kind
 from finetune.core.randomness import conditions_dropped, timesteps
 from finetune.core.sharding import gathered, is_sharded
-from finetune.core.stopping import StopRequest
+from finetune.core.stopping import StopRequest, prevent_restart
 from finetune.data.order import WindowSampler
 from finetune.evaluation import pictures
 from finetune.models import hub
@@ -188,6 +188,7 @@ class Run:
         where = f"step {self.state.step} of {self.length.total_steps}"
         self.report.say(f"Stopped after {where}; everything is saved. Run the same command again to resume.")
         self.report.close()
+        prevent_restart()
         return self.stop.exit_code
 
     def finish(self, flops: int) -> int:

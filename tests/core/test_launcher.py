@@ -1,5 +1,10 @@
 """What is found out about the launcher of this process."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import psutil
@@ -7,6 +12,7 @@ import pytest
 import torch
 
 from finetune.core import distributed, launcher
+from harness.configs import ROOT
 
 
 @pytest.fixture
@@ -14,7 +20,7 @@ def parent(monkeypatch):
     """Sets the parent process: its command line and environment."""
 
     def parent(command, **environment):
-        process = SimpleNamespace(pid=1, cmdline=command.split, environ=lambda: environment)
+        process = SimpleNamespace(pid=1, cmdline=command.split, environ=lambda: environment, parent=lambda: None)
         monkeypatch.setattr(psutil, "Process", lambda pid: process)
         return process
 
@@ -39,6 +45,12 @@ def parent(monkeypatch):
 def test_a_parent_is_a_launcher_by_its_command_line(parent, command, found):
     process = parent(command)
     assert launcher.launcher() is (process if found else None)
+
+
+def test_a_launcher_is_found_behind_a_shell_script(parent):
+    agent = parent("torchrun --no-python run.sh")
+    parent("bash run.sh").parent = lambda: agent
+    assert launcher.launcher() is agent
 
 
 def test_a_parent_that_is_gone_is_no_launcher(monkeypatch):
@@ -82,3 +94,59 @@ def test_threads_are_left_to_the_launch_on_a_gpu_and_for_several_processes(paren
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "set_num_threads", pytest.fail)
     distributed.use_available_cores(SimpleNamespace(device=torch.device(device), num_processes=processes))
+
+
+STARTED = """
+import os, signal, sys, time
+from finetune.core.launcher import prepare_for_imports
+def stop(*_):
+    print("told", flush=True)
+    sys.exit()
+signal.signal(signal.SIGTERM, stop)
+sys.platform = os.environ["PRETENDED"]
+prepare_for_imports()
+print(os.getpid(), flush=True)
+time.sleep(20)
+"""
+STARTER = "import subprocess, sys, time; subprocess.Popen(sys.argv[2:]); time.sleep(20)"
+
+
+def start_by(tmp_path, name, *between, platform=sys.platform):
+    """A program of this name that started train.py's first lines, with words between the two; and their process."""
+    starter, script = tmp_path / name, tmp_path / "script.py"
+    starter.write_text(STARTER)
+    script.write_text(STARTED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PRETENDED": platform}
+    command = [sys.executable, starter, "--", *between, sys.executable, script]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    return started, int(started.stdout.readline())
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+@pytest.mark.parametrize("between", [(), ("bash", "-c", '"$@"; true', "bash")], ids=["its child", "behind a script"])
+def test_a_process_is_told_that_its_launcher_is_gone(tmp_path, platform, between):
+    """On Linux by the kernel; elsewhere, and behind a shell script, it watches."""
+    started, _ = start_by(tmp_path, "torchrun", *between, platform=platform)
+    started.kill()
+    assert started.stdout.read() == "told\n"  # to the end of all that hold it
+    started.wait()
+
+
+def test_a_process_outlives_what_started_it_if_that_is_no_launcher(tmp_path):
+    started, process = start_by(tmp_path, "start.py")
+    started.kill()
+    started.wait()
+    time.sleep(2.5)
+    os.kill(process, signal.SIGKILL)
+    assert started.stdout.read() == ""
+
+
+def test_a_process_whose_launcher_ended_before_its_first_line_is_told(tmp_path):
+    """It sees a parent that is no launcher, and in its environment what only a launcher sets."""
+    for mark in ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"):
+        script = tmp_path / "script.py"
+        script.write_text(STARTED)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PRETENDED": sys.platform, mark: "1"}
+        done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+        assert done.stdout == "told\n"
+        assert done.stderr == "error: launch: the launcher of this process ended before it started\n"

@@ -1,0 +1,64 @@
+"""Accelerate's config file, for a process that no launcher started: device, precision and compilation are read from it.
+
+`accelerate launch` hands them to its processes as environment variables, which the Accelerator reads. Here they are set
+from the same file by the same code, so that `python train.py`, which a supervisor's signals reach, trains as launched.
+"""
+
+import os
+
+import yaml
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+from finetune.core.errors import UserError, first_line
+
+VARIABLE = "ACCELERATE_CONFIG_FILE"
+_LAUNCHED = "ACCELERATE_DYNAMO_MODE"  # set by accelerate launch in every process
+_THREADS = ("OMP_NUM_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME")  # torch has read them already
+_SHARDING = {"use_fsdp": "FSDP", "use_deepspeed": "DEEPSPEED", "use_megatron_lm": "MEGATRON_LM"}
+
+
+def take_launch_config() -> str | None:
+    """Set Accelerate's environment variables from its config file, unless `accelerate launch` has set them.
+
+    The file is the one that ACCELERATE_CONFIG_FILE names, or else, for a process on its own, the one that `accelerate
+    config` wrote, if any. Variables that are set already count.
+
+    Returns:
+        A note for the user, where the file asks for more than one process.
+
+    Raises:
+        UserError: if the file cannot be used, or if accelerate launch ignored the one that was named.
+    """
+    named = os.environ.get(VARIABLE)
+    if _LAUNCHED in os.environ:
+        if named is not None:
+            raise _said_once(
+                f"{VARIABLE}: found {named}, which accelerate launch does not read; name the file with accelerate "
+                f"launch --config_file, and unset {VARIABLE}"
+            )
+        return None
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    file = named or (default_config_file if alone and os.path.isfile(default_config_file) else None)
+    if file is None:
+        return None
+    try:
+        words = ["--config_file", file, "--num_processes", "1", "--num_machines", "1", "train.py"]
+        arguments, config, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+        _, variables = prepare_simple_launcher_cmd_env(arguments)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, yaml.YAMLError) as error:
+        expected = "expected a config file of Accelerate: accelerate config writes one"
+        raise _said_once(f"{VARIABLE}: {file}: cannot be used ({first_line(error)}); {expected}") from error
+    variables |= {f"ACCELERATE_USE_{name}": "true" for flag, name in _SHARDING.items() if getattr(arguments, flag)}
+    for name, value in variables.items():
+        if name not in _THREADS:
+            os.environ.setdefault(name, value)
+    asked = getattr(config, "num_processes", 1)
+    if alone and asked > 1:
+        return f"launch: {file} asks for {asked} processes, which accelerate launch would start; this is one."
+    return None
+
+
+def _said_once(problem: str) -> UserError:
+    return UserError(problem) if os.environ.get("RANK", "0") == "0" else UserError()
