@@ -23,14 +23,20 @@ MAIN_JOB = (
     "accelerate launch --quiet --config_file accelerate_config.yaml train.py --config configs/digits-classes.yaml"
 )
 BASE = "accelerate launch train.py --config configs/digits-base.yaml"
+TEXT = "accelerate launch --quiet train.py --config configs/digits-text.yaml"
 SHORT = "training.max_train_steps=2 samples.count=0"
-PRINTED = {  # command -> what it prints; the two trainings are cut short
+PRINTED = {  # command -> what it prints; the trainings are cut short
     f"{MAIN_JOB} {SHORT}": "Finished: runs/digits-classes",
     f"{BASE} {SHORT}": "Finished: runs/digits-base",
+    f"{TEXT} {SHORT}": "Finished: runs/digits-text",
     "python train.py --config configs/digits.yaml --check": "Memory: ",
     "accelerate launch --quiet train.py --config configs/digits.yaml output_dir=runs/try training.max_train_steps=20": (
         "Finished: runs/try"
     ),
+}
+IN_TESTS = {  # command -> the test that runs its recipe on a small pipeline of the same class
+    "accelerate launch --config_file configs/accelerate/one-gpu-bf16.yaml train.py --config configs/sd15-lora.yaml "
+    "data.source=path/to/pictures": "tests/test_text.py::test_a_recipe_trains_a_small_pipeline",
 }
 IN_CI = {  # command -> the line of .ci/run, which runs these tests
     "python3 -m venv .venv": '"$python" -m venv "$environment"',
@@ -49,7 +55,9 @@ REFERENCE = "python docs/make_config.py"
 
 def test_every_command_is_run_somewhere():
     short = {command.removesuffix(f" {SHORT}") for command in PRINTED}
-    assert {*IN_CI, *short, TENSORBOARD, REFERENCE} == COMMANDS
+    assert {*IN_CI, *IN_TESTS, *short, TENSORBOARD, REFERENCE} == COMMANDS
+    for file, test in (name.split("::") for name in IN_TESTS.values()):
+        assert f"def {test}(" in (ROOT / file).read_text()
     lines = [line.strip() for line in (ROOT / ".ci/run").read_text().splitlines()]
     assert [line for line in IN_CI.values() if line not in lines] == []
 
