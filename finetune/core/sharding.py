@@ -71,8 +71,10 @@ def is_sharded(network: torch.nn.Module) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, in the same memory and without autograd; of another one the tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor
     detached: Any = tensor.detach()
-    return detached.to_local() if isinstance(tensor, DTensor) else tensor
+    return detached.to_local()
 
 
 def whole(tensor: Tensor) -> Tensor:
