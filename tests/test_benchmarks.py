@@ -78,6 +78,7 @@ ROWS = {  # command -> the first cell of each row that it prints
         "32 px, 8 images in micro-batches of 4",
         *("4 x 4 x 1", "4 x 2 x 2", "8 x 4 x 2"),
     ],
+    "supervisors --short": ["python train.py"],
 }
 SHARED = {"bare", "environment", "table"}  # by the benchmarks
 

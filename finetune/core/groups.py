@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # re-exported without saying so
 
 from finetune.core.errors import UserError, first_line
 
@@ -37,7 +38,8 @@ def processes() -> PartialState:
         UserError: if they cannot connect.
     """
     try:
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=GRADIENTS_TIMEOUT)
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+        state = PartialState(cpu=cpu, timeout=GRADIENTS_TIMEOUT, **_store_of_attempt())
         if dist.is_initialized() and not _control:
             # Made with the short timeout, because it is also the connections': only then does it get patient.
             group = dist.new_group(backend="gloo", timeout=GRADIENTS_TIMEOUT)
@@ -59,6 +61,22 @@ def processes() -> PartialState:
 def control_group() -> dist.ProcessGroup | None:
     """The group to wait in for what may take long; None if this process is alone."""
     return _control[0] if _control else None
+
+
+def _store_of_attempt() -> dict[str, Any]:
+    """Where processes meet that the launcher has started again (`--max_restarts`); nothing at their first start.
+
+    The store is the launcher's, and with Accelerate's `rdzv_backend: static` it outlives them: a new process would look
+    up the address of a dead one there, and wait for it for as long as a connection may take.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    outlives = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and attempt != "0"
+    if not outlives or size == 1 or dist.is_initialized():
+        return {}
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(*address, size, is_master=False, timeout=GRADIENTS_TIMEOUT)
+    return {"store": PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": size}
 
 
 def _notice_silent_hosts() -> None:

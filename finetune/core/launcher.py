@@ -67,9 +67,12 @@ def _runs(process: psutil.Process) -> bool:
 
 def _launcher_ended() -> bool:
     """Whether this process, which has no launcher, had one: its environment says so, and its parent's does not."""
-    marks = [mark for mark in _MARKS if mark in os.environ]
+    marks, parent = [mark for mark in _MARKS if mark in os.environ], os.getppid()
+    if not marks or parent == 0:  # 0: outside of the container whose first process this is
+        return False
     try:
-        return bool(marks) and not any(mark in psutil.Process(os.getppid()).environ() for mark in marks)
+        theirs = psutil.Process(parent).environ()
+        return not any(mark in theirs for mark in marks)
     except psutil.Error:  # another user's: that of the init process, which takes orphans in
         return True
 

@@ -2,10 +2,14 @@
 
 import os
 import signal
+import socket
+import sys
 import time
+from ast import literal_eval
 from datetime import timedelta
 from itertools import count
 
+import psutil
 import pytest
 
 from finetune.core import groups
@@ -13,6 +17,7 @@ from finetune.data import loading
 from finetune.training.window import Window
 from harness.compare import valid_checkpoints
 from harness.configs import tiny_config, write_config, write_pictures
+from harness.faults import at_call
 from harness.processes import run_two, start_two
 
 pytestmark = pytest.mark.slow
@@ -87,3 +92,27 @@ def test_a_connection_that_never_comes_about_is_one_line_that_names_the_interfac
     assert ended.error.startswith("launch: the processes did not connect to each other within 3 s (")
     assert "GLOO_SOCKET_IFNAME" in ended.error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no TCP_USER_TIMEOUT")
+def test_every_connection_between_processes_notices_a_host_that_is_silent(config, tmp_path):
+    """With and without something on its way; what comes of it is tested between two hosts, which needs root."""
+
+    def before(process):
+        at_call(Window, "add", 1, lambda: (tmp_path / f"options-{process}").write_text(repr(options())))
+
+    def options():
+        found = []
+        for connection in psutil.Process().net_connections("tcp"):
+            if connection.status == psutil.CONN_ESTABLISHED:
+                with socket.socket(fileno=os.dup(connection.fd)) as each:
+                    kept = each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                    names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+                    found.append((kept, *(each.getsockopt(socket.IPPROTO_TCP, name) for name in names)))
+        return found
+
+    run_two("--config", config, folder=tmp_path, before=before)
+    for process in range(2):
+        found = literal_eval((tmp_path / f"options-{process}").read_text())
+        assert len(found) >= 3  # two groups and the store
+        assert set(found) == {(1, 150, 30, 5, 300_000)}  # half of five minutes, then five times 30 s

@@ -43,6 +43,13 @@ def history(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def newest_step(output_dir: Path) -> int:
+    """The step of the last complete line of metrics.jsonl, while it is being written; 0 if there is none."""
+    text = (output_dir / "metrics.jsonl").read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 def untimed(output_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl without times and rates."""
     return [{key: value for key, value in line.items() if not key.startswith(TIMED)} for line in history(output_dir)]

@@ -14,6 +14,7 @@ from harness.processes import Training, nothing
 
 _NEW_NET, _NEW_UTS = 0x40000000, 0x04000000  # of <linux/sched.h>
 _CABLE = "cable0"
+CABLE = {"GLOO_SOCKET_IFNAME": _CABLE}  # for the environment of a command on one of them
 
 
 def _ip(*words: str) -> None:
@@ -79,7 +80,7 @@ def start_on(
 ) -> list[Training]:
     """train.py on so many processes of each host. `before` gets the number of its process."""
     world = len(hosts) * per_host
-    environment |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": _CABLE}
+    environment |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500"} | CABLE
     environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(per_host), "ACCELERATE_USE_CPU": "true"}
 
     def on(process: int) -> None:

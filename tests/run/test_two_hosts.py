@@ -2,22 +2,24 @@
 
 import os
 import signal
+import sys
 import time
 from datetime import timedelta
 from functools import partial
 
 import datasets
+import psutil
 import pytest
 
 from finetune.core import groups
 from finetune.data import loading
 from finetune.evaluation.validation import Validation
 from finetune.training.window import Window
-from harness.compare import differing, relative_difference, valid_checkpoints, weights
-from harness.configs import EVALUATED_STEPS
+from harness.compare import differing, history, newest_step, relative_difference, valid_checkpoints, weights
+from harness.configs import EVALUATED_STEPS, ROOT, tiny_config, write_config, write_pictures
 from harness.faults import at_call, kill_at, signal_at
-from harness.hosts import hosts_are_possible, start_on, two_hosts
-from harness.processes import finish, nothing, run_two
+from harness.hosts import CABLE, hosts_are_possible, start_on, two_hosts
+from harness.processes import finish, nothing, run_two, start_command, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,8 +77,9 @@ def test_two_hosts_with_caches_of_their_own_make_the_run_of_one_host_to_the_last
     assert first == second != []  # each host decoded for itself
 
 
-@pytest.mark.parametrize("signalled", [0, 1])
-@pytest.mark.parametrize(("moment", "saved"), [((Validation, "losses"), 0), ((Window, "add"), 1)])
+@pytest.mark.parametrize(
+    ("signalled", "moment", "saved"), [(0, (Validation, "losses"), 0), (1, (Window, "add"), 1)], ids=["first", "second"]
+)
 def test_sigusr1_to_one_host_stops_both_at_one_step(undisturbed, on_one, hosts, tmp_path, signalled, moment, saved):
     def before(process):
         if process == signalled:
@@ -192,3 +195,36 @@ def test_a_host_that_decodes_for_long_is_not_taken_for_gone_and_one_that_is_gone
     assert outcome.returncode == 1
     assert outcome.error.startswith(f"launch: the host {hosts[0].address} has been silent for {SILENCE} s")
     assert seconds < 3 * SILENCE
+
+
+def test_launchers_of_two_hosts_start_a_killed_process_again_but_not_a_run_that_was_asked_to_stop(hosts, tmp_path):
+    training = {"micro_batch_size": 4, "global_batch_size": 8, "max_train_steps": 100_000}
+    output_dir, pictures = tmp_path / "run", write_pictures(tmp_path / "pictures", 16)
+    file = write_config(tmp_path / "config.yaml", tiny_config(pictures, output_dir, training=training))
+    launch = (sys.executable, "-m", "accelerate.commands.launch", "--max_restarts", "2")
+    launch += ("--config_file", ROOT / "configs/accelerate/several-machines.yaml", "--mixed_precision", "no")
+    launch += ("--num_processes", "2", "--main_process_ip", hosts[0].address)
+    launchers = [
+        start_command(
+            *("ip", "netns", "exec", host.name, *launch, "--machine_rank", str(host.number), "train.py"),
+            *("--config", file, "checkpoint.every_steps=5"),
+            **CABLE,
+        )
+        for host in hosts
+    ]
+
+    def workers():
+        return [psutil.Process(launcher.pid).children()[0] for launcher in launchers]
+
+    wait_for(lambda: any(output_dir.glob("checkpoint-*")), launchers[0])
+    first = workers()
+    first[1].kill()
+    psutil.wait_procs(first, timeout=60)
+    known = newest_step(output_dir)
+    wait_for(lambda: newest_step(output_dir) > known, launchers[0])
+    workers()[1].send_signal(signal.SIGUSR1)
+    outputs = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [1, 1]
+    assert [output.count("Resuming from") for output in outputs] == [1, 0]
+    assert [output.count("everything is saved") for output in outputs] == [1, 0]
+    assert history(output_dir)[-1]["step"] == valid_checkpoints(output_dir)[-1] > known

@@ -1,0 +1,176 @@
+"""Under schedulers, containers and service managers: the commands with which nothing is lost, and none runs on."""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import sys
+
+import psutil
+import pytest
+import yaml
+
+from harness.compare import history, newest_step, valid_checkpoints
+from harness.configs import ROOT, tiny_config, write_config, write_pictures
+from harness.processes import run, start_command, wait_for
+from harness.supervisors import DOCKER, KUBERNETES, PATIENT, PYTHON, SLURM, SYSTEMD, TWO, Job
+
+pytestmark = pytest.mark.slow
+LAUNCH = ROOT / "configs/launch"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run without an end, with a data worker for each process, which the signals reach too."""
+    base = tmp_path_factory.mktemp("base")
+    config = tiny_config(
+        write_pictures(base / "pictures", 16),
+        base / "run",
+        data__num_workers=1,
+        training={"micro_batch_size": 4, "global_batch_size": 8, "max_train_steps": 100_000},
+    )
+    return write_config(base / "config.yaml", config)
+
+
+@pytest.mark.parametrize(
+    ("command", "supervisor", "number"),
+    [
+        (PYTHON, SLURM, signal.SIGUSR1),
+        (PYTHON, SYSTEMD, signal.SIGTERM),
+        (PYTHON, DOCKER, signal.SIGTERM),
+        (TWO, SLURM, signal.SIGUSR1),
+        (TWO, SYSTEMD, signal.SIGHUP),
+        (TWO, KUBERNETES, signal.SIGTERM),
+    ],
+    ids=["python, Slurm", "python, systemd", "python, Docker", "two, Slurm", "two, systemd", "two, Kubernetes"],
+)
+def test_nothing_is_lost_under_a_supervisor(config, tmp_path, command, supervisor, number):
+    job = Job(*command, "--config", config, output_dir=tmp_path / "run", **PATIENT)
+    outcome, seconds = job.end(supervisor, number)
+    assert outcome.stdout.count("everything is saved") == 1, outcome
+    assert outcome.returncode == (143 if command == PYTHON else 1)
+    assert seconds < supervisor.seconds
+    (saved,) = valid_checkpoints(tmp_path / "run")
+    assert history(tmp_path / "run")[-1]["step"] == saved
+
+
+@pytest.mark.parametrize("command", [PYTHON, TWO], ids=["python", "two"])
+def test_with_nohup_a_run_outlives_its_terminal(config, tmp_path, command):
+    """The launcher of several processes handles SIGHUP though it was started with it ignored, unless told otherwise."""
+    environment = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT"}
+    job = Job("nohup", *command, "--config", config, output_dir=tmp_path / "run", **environment)
+    for process in job.processes():
+        process.send_signal(signal.SIGHUP)
+    step = newest_step(tmp_path / "run")
+    wait_for(lambda: newest_step(tmp_path / "run") > step + 20, job.main)
+    outcome, _ = job.end(SLURM, signal.SIGTERM)
+    assert outcome.stdout.count("everything is saved") == 1, outcome
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="no right to make a PID namespace here")
+def test_as_process_1_of_a_container_nothing_is_lost(config, tmp_path):
+    """The kernel does not give process 1 a signal that it has no handler for, and kills the others when it ends."""
+    container = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *PYTHON)
+    job = Job(*container, "--config", config, output_dir=tmp_path / "run")
+    (first,) = psutil.Process(job.main.pid).children()
+    first.send_signal(signal.SIGTERM)
+    output, _ = job.main.communicate(timeout=60)
+    assert output.count("everything is saved") == 1
+    assert len(valid_checkpoints(tmp_path / "run")) == 1
+    assert job.processes() == []
+
+
+def test_a_killed_process_is_started_again_and_a_run_that_was_asked_to_stop_is_not(config, tmp_path):
+    restarts = [*TWO[:-1], "--max_restarts", "3", TWO[-1]]
+    output_dir = tmp_path / "run"
+    job = Job(*restarts, "--config", config, "checkpoint.every_steps=5", output_dir=output_dir)
+    wait_for(lambda: any(output_dir.glob("checkpoint-*")), job.main)
+    first = job.trainers()
+    first[-1].kill()
+    psutil.wait_procs(first, timeout=60)
+    known = newest_step(output_dir)
+    wait_for(lambda: newest_step(output_dir) > known, job.main)
+    job.trainers()[-1].send_signal(signal.SIGUSR1)
+    output, errors = job.main.communicate(timeout=120)
+    assert job.processes() == []
+    assert output.count("Resuming from") == 1, errors
+    assert output.count("everything is saved") == 1
+    assert job.main.returncode == 1
+    assert history(output_dir)[-1]["step"] == valid_checkpoints(output_dir)[-1] > known
+
+
+# Slurm's commands, as far as configs/launch/slurm.sh needs them: a job of one host, whose only step is `srun`.
+SRUN = """#!/bin/bash
+echo $$ > "$STATE/step"
+export SLURM_NODEID=0
+exec "$@"
+"""
+SCANCEL = """#!{python}
+import os, pathlib, psutil, signal, sys
+assert sys.argv[1:] == ["--signal=USR1", "77"], sys.argv
+step = psutil.Process(int(pathlib.Path(os.environ["STATE"], "step").read_text()))
+for process in [step, *step.children(recursive=True)]:
+    process.send_signal(signal.SIGUSR1)
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1 $2" = "show hostnames" ]; then echo 127.0.0.1; else echo "$@" >> "$STATE/asked"; fi
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """The environment of a job of one host and two processes, with Slurm's commands; and what they were asked for."""
+    (tmp_path / "bin").mkdir()
+    launcher = f'#!/bin/bash\nexec {sys.executable} -m accelerate.commands.accelerate_cli "$@"\n'
+    commands = {"srun": SRUN, "scancel": SCANCEL.format(python=sys.executable), "scontrol": SCONTROL}
+    for name, text in (commands | {"accelerate": launcher}).items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(stat.S_IRWXU)
+    asked = tmp_path / "asked"
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STATE": str(tmp_path), "SLURM_JOB_ID": "77"}
+    return environment | {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "here"}, asked
+
+
+def test_the_batch_file_of_slurm_saves_ahead_of_the_limit_and_asks_to_be_queued_again(config, tmp_path, slurm):
+    environment, asked = slurm
+    job = Job("bash", LAUNCH / "slurm.sh", "--config", config, output_dir=tmp_path / "run", **environment)
+    job.main.send_signal(signal.SIGUSR1)  # to the batch script alone, as with B: in --signal
+    output, errors = job.main.communicate(timeout=120)
+    assert output.count("everything is saved") == 1, errors
+    assert "2 process(es)" in output
+    assert job.processes() == []
+    assert len(valid_checkpoints(tmp_path / "run")) == 1
+    assert asked.read_text() == "requeue 77\n"
+
+
+def test_the_batch_file_of_slurm_does_not_queue_a_mistake_again(config, slurm):
+    environment, asked = slurm
+    command = ("bash", LAUNCH / "slurm.sh", "--config", config, "training.num_epochs=never")
+    process = start_command(*command, **environment)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.count("error: command line: training.num_epochs: ") == 1
+    assert not asked.exists()
+
+
+def test_the_container_example_starts_train_py_itself_behind_an_init(tmp_path):
+    """A shell in between would keep the signal, and as process 1 train.py would get none before it has a handler."""
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    (entry,) = [line.removeprefix("ENTRYPOINT ") for line in lines if line.startswith("ENTRYPOINT")]
+    assert json.loads(entry) == ["python", "train.py"]
+    (copied,) = [line.split()[1:-1] for line in lines if line.startswith("COPY") and "train.py" in line]
+    assert all((ROOT / name).exists() for name in copied)
+    service = yaml.safe_load((LAUNCH / "compose.yaml").read_text())["services"]["train"]
+    assert service["init"] is True
+    assert service["stop_grace_period"] == "5m"
+    named = service["environment"]["ACCELERATE_CONFIG_FILE"]
+    assert (ROOT / named).is_file()
+    command = [word for word in service["command"] if not word.startswith("output_dir=")]
+    launch = {"distributed_type": "NO", "num_processes": 1, "mixed_precision": "bf16", "use_cpu": True}
+    file = write_config(tmp_path / "accelerate.yaml", launch)
+    environment = {"ACCELERATE_CONFIG_FILE": str(file)}
+    checked = run(*command, f"output_dir={tmp_path}/run", "--check", folder=tmp_path, **environment)
+    assert "bf16" in checked.stdout
+    assert checked.returncode == 0, checked.stderr
