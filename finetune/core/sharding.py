@@ -72,8 +72,8 @@ def place(accelerator: Accelerator, kind: Kind, shard: bool) -> None:
 def _return_freed_memory() -> None:
     """Have the C library return freed memory to the system, in pieces of a megabyte and more, where it can (glibc).
 
-    It would keep what was gathered for a block, in pieces that the next one does not fit into: of 106 M weights a process
-    held 1.3 GB more. Costs page faults.
+    It would keep what was gathered for a block, in pieces that the next one does not fit into, and a process would hold
+    twice what it needs. Costs page faults.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
@@ -122,8 +122,8 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 def gathered_bytes(network: torch.nn.Module) -> int:
     """Bytes that a process holds at most, for a moment, of what is not its own part of a network; 0 if it has all.
 
-    In the backward pass these are the weights of a block; those of the next one, as they were received and laid out; the
-    block's gradient; and what is summed of it and of the block before, and their sum: about seven times the largest.
+    In the backward pass these are the weights of a block; those of the next one, received and laid out; the block's
+    gradient; what is summed of it and of the block before, and the sum: about seven times the largest.
     """
     largest, seen = 0, set[Tensor]()
     for module in reversed([*network.modules()]):  # those inside of a block come after it
