@@ -24,6 +24,7 @@ ROWS = {  # command -> the first cell of each row that it prints
     "checkpointing --short": [
         *("command to first update over bare imports and model", "resumed at update 1 over fresh"),
         *("a save over a plain write and sync", "saves at the default interval, updates of 0.4 s"),
+        "a save in two parts over one by one process",
     ],
     "classes --short": [
         "1.0",

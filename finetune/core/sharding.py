@@ -6,8 +6,9 @@ its gradient is averaged over the processes as soon as there is one. So the proc
 together: one that has nothing to compute goes through it all the same, or the others would wait for its parts.
 """
 
+import ctypes
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from finetune.core.distributed import printed_once
 from finetune.core.errors import UserError
 from finetune.core.kind import Kind
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def check_sharding(accelerator: Accelerator, shard: bool) -> None:
@@ -52,6 +55,8 @@ def place(accelerator: Accelerator, kind: Kind, shard: bool) -> None:
     if not shard or accelerator.num_processes == 1:
         network.to(accelerator.device)
         return
+    if accelerator.device.type == "cpu":
+        _return_freed_memory()
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy = MixedPrecisionPolicy()
     if accelerator.mixed_precision == "bf16":  # weights travel as autocast uses them, gradients are summed in float32
@@ -62,6 +67,16 @@ def place(accelerator: Accelerator, kind: Kind, shard: bool) -> None:
         # their place would not be seen.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     accelerator.prepare_model(network, evaluation_mode=True)
+
+
+def _return_freed_memory() -> None:
+    """Have the C library return freed memory to the system, in pieces of a megabyte and more, where it can (glibc).
+
+    It would keep what was gathered for a block, in pieces that the next one does not fit into, and a process would hold
+    twice what it needs. Costs page faults.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def is_sharded(network: torch.nn.Module) -> bool:
@@ -109,8 +124,8 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 def gathered_bytes(network: torch.nn.Module) -> int:
     """Bytes that a process holds at most, for a moment, of what is not its own part of a network; 0 if it has all.
 
-    In the backward pass these are the weights of a block and of the next one, the block's gradient, and the copy of it
-    that is summed.
+    In the backward pass these are the weights of a block; those of the next one, received and laid out; the block's
+    gradient; what is summed of it and of the block before, and the sum: about seven times the largest.
     """
     largest, seen = 0, set[Tensor]()
     for module in reversed([*network.modules()]):  # those inside of a block come after it
@@ -118,7 +133,7 @@ def gathered_bytes(network: torch.nn.Module) -> int:
             own = {*module.parameters()} - seen
             largest = max(largest, sum(weight.numel() * weight.element_size() for weight in own))
             seen |= own
-    return 4 * largest
+    return 7 * largest
 
 
 @contextmanager

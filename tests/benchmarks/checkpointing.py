@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +23,9 @@ from table import head, row
 
 import train
 from finetune.run import checkpoint
-from harness.processes import finish
+from harness.configs import write_config
+from harness.faults import skip_the_export
+from harness.processes import finish, run_two
 
 DIGITS = ["--config", "configs/digits.yaml", "validation.every_steps=100000", "samples.count=0", "data.num_workers=0"]
 DIGITS += ["data.validation_fraction=0"]
@@ -75,6 +78,46 @@ def saving(unet: dict, rounds: int) -> None:
     row("saves at the default interval, updates of 0.4 s", f"{100 * save_seconds / (500 * 0.4):.2f} %", None, "1 %")
 
 
+def saving_in_parts(unet: dict, rounds: int) -> None:
+    """Two processes that each write their part, against the first of two writing everything."""
+    found = {}
+    for shard in ("true", "false"):
+        config = run_config(
+            f"shared-{shard}", unet, 8, training__micro_batch_size=1, training__gradient_accumulation_steps=1,
+            training__num_epochs=None, training__max_train_steps=rounds + 1, checkpoint__every_steps=1,
+        )  # fmt: skip
+        file = write_config(Path(FOLDER.name, f"shared-{shard}.yaml"), config.model_dump(mode="json"))
+        times = Path(FOLDER.name, f"times-{shard}")
+        arguments = ("--config", file, f"training.shard={shard}")
+        outcomes = run_two(*arguments, folder=Path(FOLDER.name, "log"), before=partial(noting_saves, times))
+        assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes[0].stderr[-3000:]
+        spent = [float(line) for line in times.read_text().split()][1:]
+        folder = Path(config.output_dir, f"checkpoint-{rounds + 1}")
+        found[shard] = median(spent), sum(each.stat().st_size for each in folder.iterdir())
+    (parts, size), (whole, _) = found["true"], found["false"]
+    row(
+        "a save in two parts over one by one process",
+        f"{size / 1e6:.0f} MB: {parts:.2f} : {whole:.2f} s",
+        parts / whole,
+    )
+
+
+def noting_saves(times: Path, process: int) -> None:
+    """The first process appends the seconds of each of its saves to a file."""
+    skip_the_export()
+    save = checkpoint.save
+
+    def timed(*arguments) -> Path:
+        started = time.perf_counter()
+        folder = save(*arguments)
+        if process == 0:
+            with times.open("a") as file:
+                file.write(f"{time.perf_counter() - started}\n")
+        return folder
+
+    checkpoint.save = timed
+
+
 def first_update(output_dir: Path) -> float:
     """Seconds from the command to the first logged update of this start."""
     file, started = output_dir / "metrics.jsonl", time.perf_counter()
@@ -113,7 +156,9 @@ def main() -> None:
     os.chdir(ROOT)  # configs/digits.yaml names its base relative to it
     head("saving and starting")
     starting(*((1, 1) if short else (5, 60)))
-    saving(unet_config((8, 16), 8) if short else unet_config((64, 128, 176), 8), 2 if short else 8)
+    network, rounds = unet_config((8, 16), 8) if short else unet_config((64, 128, 176), 8), 2 if short else 8
+    saving(network, rounds)
+    saving_in_parts(network, rounds)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def of_two(file: Path, *overrides: str) -> tuple[float, str]:
 def compare_shares(short: bool) -> None:
     """Two processes, of which each holds all, or its share. To the end of the export, with an average and saves."""
     network, found = unet_config((8, 16), 8) if short else WIDE, {}
-    file = config_file("shared", network, 2, 2, 3, images=8, logging__tracker=None, checkpoint__every_steps=2)
+    file = config_file("shared", network, 2, 2, 2, images=8, logging__tracker=None)
     head("peak memory of one of two processes, MB", "in the plan", "measured", "plan / measured", "limit")
     for what, shard in (("each holds all", "false"), ("training.shard", "true")):
         overrides = f"output_dir={FOLDER.name}/shared-{shard}", f"training.shard={shard}"

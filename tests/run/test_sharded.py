@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DConditionModel, UNet2DModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.run import checkpoint, manifest, shards
@@ -223,19 +224,39 @@ def without_the_last_part(folder):
     (folder / FILES[1]).unlink()
 
 
-def with_another_name(folder):
-    path = folder / FILES[1]
+def rewrite(path, change):
+    """Write a file of parts again after a change of its tensors and of where they begin."""
     found = load_file(path)
-    found["model.another.weight"] = found.pop("model.conv_out.weight")
-    places = {"DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": [0] * t.dim()} for name, t in found.items()})}
-    save_file(found, path, places)
+    with safe_open(path, "pt") as file:
+        places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+    change(found, places)
+    save_file(found, path, {"DCP_SHARDING_INFO": json.dumps(places)})
+
+
+def with_another_name(folder):
+    def rename(found, places):
+        for mapping in (found, places):
+            mapping["model.another.weight"] = mapping.pop("model.conv_in.weight")
+
+    rewrite(folder / FILES[1], rename)
+    rewrite(folder / FILES[0], rename)
+
+
+def with_a_row_left_out(folder):
+    """Between the first part and the second, so that the tensor is as long as it should be."""
+
+    def leave_out(found, places):
+        found["model.conv_in.weight"] = found["model.conv_in.weight"][1:].clone()
+        places["model.conv_in.weight"]["saved_offsets"][0] += 1
+
+    rewrite(folder / FILES[1], leave_out)
 
 
 def with_a_pickle(folder):
     torch.save({"model.conv_out.weight": torch.zeros(1)}, folder / FILES[1])
 
 
-@pytest.mark.parametrize("change", [without_the_last_part, with_another_name, with_a_pickle])
+@pytest.mark.parametrize("change", [without_the_last_part, with_a_row_left_out, with_another_name, with_a_pickle])
 def test_parts_that_are_not_of_this_network_are_refused(base, tmp_path, change):
     """The manifest says that every file is as it was written."""
     folder = shutil.copytree(base / f"run/checkpoint-{STEPS}", tmp_path / "run/checkpoint-6")
