@@ -68,10 +68,10 @@ ROWS = {  # command -> the first cell of each row that it prints
         *("100,000, full", "100,000, blocks"),
         *("timesteps, stratified", "timesteps, uniform", "dropped conditions"),
         "positions between neighbours of the source",
-        *(f"images of an update of {size} with another one of 128 in a row" for size in (64, 256, 1024)),
+        *(f"images of an update of {size} with another one of 64 in a row" for size in (64, 256, 1024)),
         *(f"variance of a class's images in {size} in a row, of a sorted source" for size in ("64", "1,024", "16,384")),
-        *("full", "blocks", "blocks, sorted by class", "full, sorted by class"),
-        *("opening the file", "full", "blocks"),
+        *("full", "blocks", "full, sorted by class", "blocks, sorted by class"),
+        *("full, 100 of them", "blocks, 2,000 of them"),
     ],
     "shapes --short": [
         *("1", "3", "5", "7"),

@@ -14,8 +14,8 @@ Indices = npt.NDArray[np.int64]
 Line = tuple[Indices, int, int]
 
 # Another size is another order, which a run would resume in without a word: give it a name of its own in the config.
-SHARD = 128  # consecutive images of the source
-BLOCK = 8  # shards of one stripe that are mixed with each other
+SHARD = 64  # consecutive images of the source
+BLOCK = 16  # shards of one stripe that are mixed with each other
 STRIPES = 64
 
 
