@@ -125,7 +125,6 @@ def _described(path: str, metadata: list[str], classes: Classes) -> datasets.Dat
     table, pictures = read_metadata(path, metadata)
     features = datasets.Features.from_arrow_schema(table.schema)
     features |= {name: datasets.Image(decode=False) for name in pictures}
-    features |= {name: label for name, label in classes.items() if name in features}
     features = datasets.Features(features)
     states = [
         _state(name) for column in pictures for name in pc.struct_field(table[column], "path").to_pylist() if name
@@ -134,7 +133,8 @@ def _described(path: str, metadata: list[str], classes: Classes) -> datasets.Dat
     for file in metadata:
         with open(os.path.join(path, file), "rb") as opened:
             identity.update(opened.read())
-    return datasets.Dataset(table_cast(table, features.arrow_schema), fingerprint=identity.hexdigest())
+    read = datasets.Dataset(table_cast(table, features.arrow_schema), fingerprint=identity.hexdigest())
+    return named_classes(read, classes, ", ".join(metadata[:EXAMPLES]))
 
 
 def naming(path: str, files: list[str], tables: dict[str, datasets.Dataset]) -> list[str]:
