@@ -50,9 +50,9 @@ from finetune.evaluation.prediction_type import DRAWS, check_prediction_type
 from finetune.models.classes import with_classes
 from finetune.models.ema import make_ema
 from finetune.models.load import outline_kind
+from finetune.run.plan import data_notes, peak_throughput, plan, shapes_note
 from finetune.run.recovery import check_finite, explain_failure
 from finetune.run.start import find_start, start_run
-from finetune.run.summary import data_notes, peak_throughput, plan, shapes_note
 from finetune.training.compute import flops_per_image, peak_rates
 from finetune.training.memory import largest_layout, memory_plan, state_plan
 from finetune.training.objective import loss_per_image

@@ -212,9 +212,9 @@ def test_bf16_and_torch_compile_save_float32_weights_under_plain_names(pictures,
 @pytest.mark.parametrize("native", [True, False])
 def test_the_plan_says_where_a_cpu_only_emulates_bf16(pictures, tmp_path, native):
     def before():
-        from finetune.run import summary
+        from finetune.run import plan
 
-        summary.has_bf16 = lambda device: native
+        plan.has_bf16 = lambda device: native
 
     file = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run"))
     environment = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}

@@ -1,8 +1,7 @@
-"""The plan, the results and the model card: true, and without the paths of this machine."""
+"""The results and the model card: true, and without the paths of this machine."""
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +13,11 @@ from hypothesis import strategies as st
 from finetune.config import plain_yaml
 from finetune.config.inputs import ModelConfig
 from finetune.config.schema import Config
-from finetune.core.batch import BatchLayout
 from finetune.models.hub import save_export
 from finetune.models.load import load_kind
-from finetune.run import summary
+from finetune.run.report import table
 from finetune.run.state import Length
-from finetune.run.summary import curves_folder, hyperparameters, model_card, results, table
+from finetune.run.summary import curves_folder, hyperparameters, model_card, results
 from harness.configs import UNET, tiny_config
 
 KIND = load_kind(ModelConfig(unet=UNET), None, 0)
@@ -27,51 +25,6 @@ KIND = load_kind(ModelConfig(unet=UNET), None, 0)
 
 def config_of(**changes) -> Config:
     return Config.model_validate(tiny_config(Path("pictures"), Path("run"), **changes))
-
-
-def plan(config: Config, num_held_out: int = 0, notes: tuple[str, ...] = (), mixed_precision: str = "no") -> list[str]:
-    """The lines of the plan for 20 images in windows of 8, on one process of a CPU."""
-    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=mixed_precision)
-    kind = load_kind(config.model, config.data.resolution, config.seed)
-    text = summary.plan(config, accelerator, BatchLayout(4, 2, 1), kind, 20, num_held_out, notes, 2_500_000_000)
-    return [" ".join(line.split()) for line in text.splitlines()]
-
-
-def test_the_plan_says_what_is_trained_and_how():
-    threads = torch.get_num_threads()
-    parameters = sum(weight.numel() for weight in UNet2DModel(**UNET).parameters()) / 1e6
-    # 20 images in windows of 8: three updates an epoch, the last of 4 images, twice
-    assert plan(config_of()) == [
-        "Plan",
-        f"device cpu, 1 process(es) with {threads} thread(s) each, float32",
-        f"model from scratch: {parameters:.2f} M parameters, epsilon prediction",
-        "images 20 to train on, 0 held out; 8 x 8, 1 channel(s)",
-        "batch 8 = 4 per micro-batch x 2 accumulation steps x 1 process(es)",
-        "length 6 updates, 3 an epoch (2 epochs; an epoch's last update has 4 of 8 images)",
-        "evaluation none",
-        "compute 2.5 GFLOP an image, forward and backward",
-        "learning rate 0.001, constant, 0 updates of warm-up",
-        "output run",
-    ]
-
-
-def test_the_plan_says_what_is_done_to_the_pictures():
-    notes = ("3 of 20 in colour are made grey", "2 are enlarged")
-    lines = plan(config_of(), notes=notes)
-    assert lines[4:6] == ["pictures 3 of 20 in colour are made grey", "2 are enlarged"]
-
-
-def test_the_plan_says_where_the_resolution_differs_from_the_models():
-    lines = plan(config_of(data__resolution=16))
-    assert lines[3] == "images 20 to train on, 0 held out; 16 x 16 (the model was made for 8 x 8), 1 channel(s)"
-
-
-def test_the_plan_says_when_the_run_is_evaluated():
-    config = config_of(training__max_train_steps=55, validation={"images": 4}, samples={"count": 2, "every_steps": 9})
-    samples = "2 samples every 9 update(s)"
-    # a tenth of 55 updates
-    assert f"evaluation validation every 5 update(s), 4 draws of the held-out images; {samples}" in plan(config, 2)
-    assert f"evaluation {samples}" in plan(config)
 
 
 def test_a_table_indents_the_further_lines_of_a_value():
