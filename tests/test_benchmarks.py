@@ -28,7 +28,7 @@ ROWS = {  # command -> the first cell of each row that it prints
     ],
     "classes --short": [
         "1.0",
-        *("from the base, class rows N(0, 1)", "from the base, all rows zero", "from scratch"),
+        *("from the base, class rows N(0, 1)", "from the base, all rows zero", "from scratch", "4 draws"),
         *("0", "1", "2", "3", "4"),
     ],
     "crash --kills 1": ["killed: ...", "runs that ended bit for bit as the undisturbed one"],

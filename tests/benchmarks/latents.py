@@ -127,7 +127,7 @@ if {random}:  # neither encoders nor encodings: latents and texts from a generat
         return {{name: torch.randn(len(slots), *shape) for name, shape in batches.embeddings.fields.items()}}
 
     encoded_batches.EncodedBatches.content, encoded_batches.EncodedBatches.conditions = content, conditions
-    encodings.Encodings.make = lambda self, accelerator: None
+    encodings.Encodings.make = lambda self, accelerator, images=None: None
     encodings.Prompts.__getitem__ = lambda self, text: {{n: torch.zeros(s) for n, s in self.embeddings.fields.items()}}
     PipelineEncoders.check = lambda self: None
     train.check_prediction_type = lambda *arguments: None
