@@ -192,10 +192,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    note = take_launch_config()
+    take_launch_config()
     check_processes()
-    if note:
-        say(note)
     config = on_main_process(lambda: load_config(arguments.config, arguments.overrides))
     return main(config, arguments.check, arguments.measure)
 

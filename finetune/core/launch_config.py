@@ -19,14 +19,11 @@ _THREADS = ("OMP_NUM_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME")  # torch has rea
 _SHARDING = {"use_fsdp": "FSDP", "use_deepspeed": "DEEPSPEED", "use_megatron_lm": "MEGATRON_LM"}
 
 
-def take_launch_config() -> str | None:
+def take_launch_config() -> None:
     """Set Accelerate's environment variables from its config file, unless `accelerate launch` has set them.
 
     The file is the one that ACCELERATE_CONFIG_FILE names, or else, for a process on its own, the one that `accelerate
-    config` wrote, if any. Variables that are set already count.
-
-    Returns:
-        A note for the user, where the file asks for more than one process.
+    config` wrote, if any. Variables that are set already count. If the file asks for more processes, that is printed.
 
     Raises:
         UserError: if the file cannot be used, or if accelerate launch ignored the one that was named.
@@ -38,26 +35,27 @@ def take_launch_config() -> str | None:
                 f"{VARIABLE}: found {named}, which accelerate launch does not read; name the file with accelerate "
                 f"launch --config_file, and unset {VARIABLE}"
             )
-        return None
+        return
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     file = named or (default_config_file if alone and os.path.isfile(default_config_file) else None)
     if file is None:
-        return None
+        return
     try:
         words = ["--config_file", file, "--num_processes", "1", "--num_machines", "1", "train.py"]
         arguments, config, _ = _validate_launch_command(launch_command_parser().parse_args(words))
         _, variables = prepare_simple_launcher_cmd_env(arguments)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, yaml.YAMLError) as error:
-        expected = "expected a config file of Accelerate: accelerate config writes one"
-        raise _said_once(f"{VARIABLE}: {file}: cannot be used ({first_line(error)}); {expected}") from error
+        raise _said_once(
+            f"launch: {file}: cannot be used ({first_line(error)}); expected a config file of Accelerate, as "
+            f"accelerate config writes one; {VARIABLE} names another"
+        ) from error
     variables |= {f"ACCELERATE_USE_{name}": "true" for flag, name in _SHARDING.items() if getattr(arguments, flag)}
     for name, value in variables.items():
         if name not in _THREADS:
             os.environ.setdefault(name, value)
     asked = getattr(config, "num_processes", 1)
     if alone and asked > 1:
-        return f"launch: {file} asks for {asked} processes, which accelerate launch would start; this is one."
-    return None
+        print(f"launch: {file} asks for {asked} processes, which accelerate launch would start; this is one.")
 
 
 def _said_once(problem: str) -> UserError:

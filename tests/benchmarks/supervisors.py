@@ -1,6 +1,6 @@
 """What a signal does to each command that starts a run, where a supervisor kills what is left when it has ended.
 
-python tests/benchmarks/supervisors.py             # about five minutes on two CPU cores
+python tests/benchmarks/supervisors.py             # about eight minutes on two CPU cores
 python tests/benchmarks/supervisors.py --only two  # the rows whose command's name has this word
 """
 

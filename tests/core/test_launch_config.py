@@ -55,7 +55,7 @@ def test_it_sets_what_accelerate_launch_sets_for_its_process(tmp_path, environme
     launched = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
     before = dict(environment)
     environment["ACCELERATE_CONFIG_FILE"] = file
-    assert take_launch_config() is None
+    take_launch_config()
     added = {name: value for name, value in environment.items() if before.get(name) != value}
     del added["ACCELERATE_CONFIG_FILE"]
     threads = ("OMP_NUM_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME")
@@ -66,20 +66,20 @@ def test_it_sets_what_accelerate_launch_sets_for_its_process(tmp_path, environme
 
 def test_the_file_that_accelerate_config_wrote_is_taken_where_none_is_named(tmp_path, environment, monkeypatch):
     monkeypatch.setattr(launch_config, "default_config_file", str(tmp_path / "accelerate.yaml"))
-    assert take_launch_config() is None
+    take_launch_config()
     assert "ACCELERATE_MIXED_PRECISION" not in environment
     write(tmp_path, mixed_precision="bf16")
-    assert take_launch_config() is None
+    take_launch_config()
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 def test_torchruns_processes_take_a_file_that_is_named_alone(tmp_path, environment, monkeypatch):
     monkeypatch.setattr(launch_config, "default_config_file", write(tmp_path, mixed_precision="bf16"))
     environment["WORLD_SIZE"] = "2"
-    assert take_launch_config() is None
+    take_launch_config()
     assert "ACCELERATE_MIXED_PRECISION" not in environment
     environment["ACCELERATE_CONFIG_FILE"] = write(tmp_path, mixed_precision="bf16", num_processes=2)
-    assert take_launch_config() is None
+    take_launch_config()
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
@@ -95,7 +95,7 @@ def test_under_accelerate_launch_nothing_is_taken_and_a_file_that_it_ignored_is_
 ):
     monkeypatch.setattr(launch_config, "default_config_file", write(tmp_path, mixed_precision="bf16"))
     environment |= {"ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_MIXED_PRECISION": "no"}
-    assert take_launch_config() is None
+    take_launch_config()
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
     environment["ACCELERATE_CONFIG_FILE"] = "some.yaml"
     with pytest.raises(UserError, match=r"^ACCELERATE_CONFIG_FILE: found some\.yaml, which accelerate launch does not"):
@@ -103,12 +103,13 @@ def test_under_accelerate_launch_nothing_is_taken_and_a_file_that_it_ignored_is_
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_the_shipped_files_are_taken_and_more_processes_than_one_are_noted(environment, name):
+def test_the_shipped_files_are_taken_and_more_processes_than_one_are_noted(environment, capsys, name):
     file = ROOT / f"configs/accelerate/{name}.yaml"
     environment["ACCELERATE_CONFIG_FILE"] = str(file)
     asked = yaml.safe_load(file.read_text())["num_processes"]
-    note = f"launch: {file} asks for {asked} processes, which accelerate launch would start; this is one."
-    assert take_launch_config() == (note if asked > 1 else None)
+    note = f"launch: {file} asks for {asked} processes, which accelerate launch would start; this is one.\n"
+    take_launch_config()
+    assert capsys.readouterr().out == (note if asked > 1 else "")
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
@@ -135,6 +136,6 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, environment, text):
     with pytest.raises(UserError) as refused:
         take_launch_config()
     (problem,) = refused.value.problems
-    assert problem.startswith(f"ACCELERATE_CONFIG_FILE: {file}: cannot be used (")
-    assert problem.endswith("expected a config file of Accelerate: accelerate config writes one")
+    assert problem.startswith(f"launch: {file}: cannot be used (")
+    assert problem.endswith("as accelerate config writes one; ACCELERATE_CONFIG_FILE names another")
     assert "\n" not in problem

@@ -101,11 +101,20 @@ def test_a_killed_process_is_started_again_and_a_run_that_was_asked_to_stop_is_n
     assert history(output_dir)[-1]["step"] == valid_checkpoints(output_dir)[-1] > known
 
 
-# Slurm's commands, as far as configs/launch/slurm.sh needs them: a job of one host, whose only step is `srun`.
-SRUN = """#!/bin/bash
-echo $$ > "$STATE/step"
-export SLURM_NODEID=0
-exec "$@"
+# Slurm's commands, as far as configs/launch/slurm.sh needs them: a job of one host with one step, whose processes are
+# killed when the first of them has ended.
+SRUN = """#!{python}
+import os, pathlib, psutil, subprocess, sys
+step = subprocess.Popen(sys.argv[1:], env=dict(os.environ, SLURM_NODEID="0"))
+pathlib.Path(os.environ["STATE"], "step").write_text(str(step.pid))
+code = step.wait()
+for process in psutil.process_iter():
+    try:
+        if "SLURM_NODEID" in process.environ() and process.environ().get("TESTED_JOB") == os.environ["TESTED_JOB"]:
+            process.kill()
+    except psutil.Error:
+        pass
+sys.exit(code)
 """
 SCANCEL = """#!{python}
 import os, pathlib, psutil, signal, sys
@@ -124,9 +133,9 @@ def slurm(tmp_path):
     """The environment of a job of one host and two processes, with Slurm's commands; and what they were asked for."""
     (tmp_path / "bin").mkdir()
     launcher = f'#!/bin/bash\nexec {sys.executable} -m accelerate.commands.accelerate_cli "$@"\n'
-    commands = {"srun": SRUN, "scancel": SCANCEL.format(python=sys.executable), "scontrol": SCONTROL}
+    commands = {"srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL}
     for name, text in (commands | {"accelerate": launcher}).items():
-        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).write_text(text.replace("{python}", sys.executable))
         (tmp_path / "bin" / name).chmod(stat.S_IRWXU)
     asked = tmp_path / "asked"
     environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STATE": str(tmp_path), "SLURM_JOB_ID": "77"}
@@ -148,7 +157,7 @@ def test_the_batch_file_of_slurm_saves_ahead_of_the_limit_and_asks_to_be_queued_
 def test_the_batch_file_of_slurm_does_not_queue_a_mistake_again(config, slurm):
     environment, asked = slurm
     command = ("bash", LAUNCH / "slurm.sh", "--config", config, "training.num_epochs=never")
-    process = start_command(*command, **environment)
+    process = start_command(*command, TESTED_JOB="mistake", **environment)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.count("error: command line: training.num_epochs: ") == 1
