@@ -76,9 +76,11 @@ ROWS = {  # command -> the first cell of each row that it prints
     "shapes --short": [
         *("1", "3", "5", "7"),
         *("16, 4, 1", "16, 4, 2"),
+        *("512, 64", "1024, 64", "512, 32", "512, 8"),
         "32 px, 8 images in micro-batches of 4",
         *("4 x 4 x 1", "4 x 2 x 2", "8 x 4 x 2"),
     ],
+    "shapes --compile --short": ["UNet of 0.02 M"],
     "supervisors --short": ["python train.py"],
 }
 SHARED = {"bare", "environment", "table"}  # by the benchmarks

@@ -163,9 +163,9 @@ def sample_each(
         made = as_pixels(kind.images(torch.cat([x for _, x in parts])))
         for index, image in zip((index for chunk, _ in parts for index in chunk), made, strict=True):
             images[index] = torch.from_numpy(image)
-    together = summed(torch.cat([image.flatten() for image in images]))  # each is 0 on all processes but one
-    parts = together.split([image.numel() for image in images])
-    return [part.view(image.shape).numpy() for part, image in zip(parts, images, strict=True)]
+    everything = summed(torch.cat([image.flatten() for image in images]))  # each is 0 on all processes but one
+    each = everything.split([image.numel() for image in images])
+    return [pixels.view(image.shape).numpy() for pixels, image in zip(each, images, strict=True)]
 
 
 def _guided(

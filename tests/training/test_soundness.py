@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounter
 from torch._inductor import config as inductor
 
@@ -17,10 +18,11 @@ from finetune.models import unconditional
 from finetune.models.load import load_kind
 from finetune.training import soundness
 from finetune.training.soundness import check_compiled, layout_dependent_layers
+from finetune.training.window import Window
 from harness.compare import relative_difference, weights
 from harness.configs import ROOT, UNET, tiny_config, write_config, write_pictures
-from harness.faults import skip_the_export
-from harness.processes import finish, start
+from harness.faults import at_call, skip_the_export
+from harness.processes import finish, run, start
 
 NOTE = "Note: the result of this run depends on its batch layout"
 STEPS = 2
@@ -188,6 +190,20 @@ def test_of_many_shapes_a_shorter_micro_batch_of_another_is_compared_too(shaped)
         check_compiled(accelerator_of(DynamoBackend.AOT_EAGER), wrong, shaped, 4)
 
 
+def test_a_graph_that_cannot_be_compiled_later_is_one_line(tmp_path):
+    """As that of a shape which the check did not go through."""
+
+    def fail():
+        raise TorchDynamoException("no such graph")
+
+    config = tiny_config(write_pictures(tmp_path / "pictures", 8), tmp_path / "run")
+    file = write_config(tmp_path / "config.yaml", config)
+    ended = run("--config", file, folder=tmp_path, before=lambda: at_call(Window, "add", 3, fail))
+    assert ended.returncode == 2
+    problem = "launch: --dynamo_backend: the network cannot be compiled (no such graph); set --dynamo_backend no"
+    assert ended.error == problem
+
+
 @pytest.mark.slow
 def test_a_shape_is_compiled_once_for_all_lengths_and_once_for_single_images(shaped):
     counter = CompileCounter()
@@ -210,8 +226,8 @@ def test_digits_compiled_by_inductor_train_to_the_uncompiled_weights(tmp_path):
         overrides += [f"model.pretrained={ROOT}/configs/digits-base", "training.micro_batch_size=4"]
         overrides += ["training.global_batch_size=8", "data.validation_fraction=0"]
         config = ROOT / "configs/digits.yaml"
-        run = start("--config", config, *overrides, folder=tmp_path, before=skip_the_export, **environment)
-        outcome = run.wait(1200)
+        training = start("--config", config, *overrides, folder=tmp_path, before=skip_the_export, **environment)
+        outcome = training.wait(1200)
         assert outcome.returncode == 0, outcome.stderr[-3000:]
         return weights(folder, 3), outcome.stdout
 
