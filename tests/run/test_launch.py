@@ -15,14 +15,11 @@ from finetune.run import checkpoint
 from harness.compare import valid_checkpoints
 from harness.configs import tiny_config, write_config, write_pictures
 from harness.processes import default_signals, run, start_command, wait_for
+from harness.supervisors import LAUNCH, ONE, PYTHON, TWO
 
 pytestmark = pytest.mark.slow
 
-LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no")
-ONE = (*LAUNCH, "--num_processes", "1", "--quiet", "train.py")
-TWO = (*LAUNCH, "--num_processes", "2", "--multi_gpu", "--main_process_port", "0", "train.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py")
-PYTHON = (sys.executable, "train.py")
 
 
 @pytest.fixture(scope="module")
