@@ -248,6 +248,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with FOLDER:
         if arguments.compile:
-            compiled(Path(FOLDER.name), "aot_eager" if arguments.short else "inductor")
+            compiled(Path(FOLDER.name), "eager" if arguments.short else "inductor")
         else:
             main(arguments.pictures, arguments.short)
