@@ -233,13 +233,13 @@ def rewrite(path, change):
     save_file(found, path, {"DCP_SHARDING_INFO": json.dumps(places)})
 
 
-def with_another_name(folder):
-    def rename(found, places):
-        for mapping in (found, places):
-            mapping["model.another.weight"] = mapping.pop("model.conv_in.weight")
+def with_one_weight_more(folder):
+    def add(found, places):
+        found["model.another.weight"] = found["model.conv_in.weight"].clone()
+        places["model.another.weight"] = places["model.conv_in.weight"]
 
-    rewrite(folder / FILES[1], rename)
-    rewrite(folder / FILES[0], rename)
+    rewrite(folder / FILES[0], add)
+    rewrite(folder / FILES[1], add)
 
 
 def with_a_row_left_out(folder):
@@ -256,7 +256,7 @@ def with_a_pickle(folder):
     torch.save({"model.conv_out.weight": torch.zeros(1)}, folder / FILES[1])
 
 
-@pytest.mark.parametrize("change", [without_the_last_part, with_a_row_left_out, with_another_name, with_a_pickle])
+@pytest.mark.parametrize("change", [without_the_last_part, with_a_row_left_out, with_one_weight_more, with_a_pickle])
 def test_parts_that_are_not_of_this_network_are_refused(base, tmp_path, change):
     """The manifest says that every file is as it was written."""
     folder = shutil.copytree(base / f"run/checkpoint-{STEPS}", tmp_path / "run/checkpoint-6")
