@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import cycle
 
 import pytest
 import torch
@@ -61,8 +62,7 @@ def assert_refused(outcome, tmp_path, start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize(("kind", "bomb"), [*zip(KINDS, BOMBS, strict=True)])
 def test_files_that_no_component_needs_are_not_opened(copied, fine_tune, tmp_path, kind, bomb):
     """In every folder, beside the files that are needed; a run to its end, samples and export."""
     pipeline, content = copied(kind), bomb(tmp_path / "ran")
@@ -82,8 +82,9 @@ WEIGHTS = [(kind, part) for kind in KINDS for part in WITH_WEIGHTS[kind]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "part"), WEIGHTS)
-@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize(
+    ("kind", "part", "bomb"), [(*weights, bomb) for weights, bomb in zip(WEIGHTS, cycle(BOMBS), strict=False)]
+)
 def test_a_bomb_instead_of_safetensors_does_not_go_off(copied, fine_tune, tmp_path, kind, part, bomb):
     pipeline = copied(kind)
     (weights,) = (pipeline / part).glob("*.safetensors")
@@ -199,8 +200,7 @@ def checker(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bomb", [None, *BOMBS])
-@pytest.mark.parametrize("kind", ["text", "lora"])
+@pytest.mark.parametrize(("kind", "bomb"), [*(("text", bomb) for bomb in (None, *BOMBS)), ("lora", plain_pickle)])
 def test_a_bomb_as_safety_checker_does_not_go_off(copied, checker, fine_tune, tmp_path, kind, bomb):
     """It is part of what a full run exports, and so loaded before the run begins; an adapter's export has none."""
     pipeline = copied("text")
