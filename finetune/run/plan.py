@@ -80,7 +80,7 @@ def plan(
             "output": config.output_dir,
         },
     )
-    surprises = layout_dependence(layout_dependent_layers(kind.network)), unguided(config, kind)
+    surprises = layout_dependence(layout_dependent_layers(kind.network)), unguided(config, kind), untold(config, kind)
     return "\n".join([rows, *filter(None, surprises)])
 
 
@@ -131,6 +131,17 @@ def unguided(config: Config, kind: Kind) -> str | None:
         "Note: samples are guided, but training.condition_dropout is 0: the model does not learn what images look like "
         "without a class or caption, which guidance compares with"
     )
+
+
+def untold(config: Config, kind: Kind) -> str | None:
+    """Warning text for a dropout of conditions, other than the default one, of a model that has none."""
+    dropout, default = (
+        config.training.condition_dropout,
+        type(config.training).model_fields["condition_dropout"].default,
+    )
+    if kind.conditional or dropout in (0, default):
+        return None
+    return "Note: training.condition_dropout has no effect: the model is told neither classes nor captions"
 
 
 def layout_dependence(layers: list[str]) -> str | None:

@@ -60,3 +60,10 @@ def test_the_plan_says_when_the_run_is_evaluated():
     # a tenth of 55 updates
     assert f"evaluation validation every 5 update(s), 4 draws of the held-out images; {samples}" in plan(config, 2)
     assert f"evaluation {samples}" in plan(config)
+
+
+def test_a_dropout_of_conditions_that_there_are_none_of_is_noted():
+    note = "Note: training.condition_dropout has no effect: the model is told neither classes nor captions"
+    assert note in plan(config_of(training__condition_dropout=0.3))
+    for harmless in (config_of(), config_of(training__condition_dropout=0.0)):
+        assert note not in plan(harmless)
