@@ -14,8 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: more thr
 
 
 def pytest_collection_modifyitems(items):
-    """The tests of whole runs come first: they take longest, and two workers then end at about the same time."""
-    items.sort(key=lambda item: len(item.path.parents))
+    """Files whose tests take longest come first, so that two workers end at about the same time."""
+    items.sort(key=lambda item: (len(item.path.parents), item.path.name != "test_benchmarks.py"))
 
 
 @pytest.fixture(scope="session", autouse=True)
