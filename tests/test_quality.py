@@ -42,6 +42,7 @@ def test_distances_are_logged_at_their_interval_and_are_in_the_card(base):
     assert f"{lines[-1]['validation/kernel_distance']:.5f}" in card
 
 
+@pytest.mark.slow
 def test_two_processes_measure_the_same_of_the_same_weights(base, tmp_path):
     layout = ("training.micro_batch_size=2", f"output_dir={tmp_path / 'run'}")
     outcomes = run_two("--config", base / "config.yaml", *layout, folder=tmp_path)
@@ -51,7 +52,8 @@ def test_two_processes_measure_the_same_of_the_same_weights(base, tmp_path):
     assert two == [pytest.approx(line, rel=1e-3, abs=1e-4) for line in one]
 
 
-@pytest.mark.parametrize("kind", ["unconditional", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["unconditional", "sdxl"])
 def test_pictures_of_many_shapes_are_measured_the_same_by_two_processes(tmp_path, kind):
     pictures = write_shapes(tmp_path / "pictures", 24, kind)
     options = of_kind(kind, pictures) | {

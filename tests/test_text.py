@@ -200,6 +200,7 @@ def test_the_encoders_are_out_of_memory_while_updates_run(finished, tmp_path):
     assert (tmp_path / "alive").read_text() == "0"
 
 
+@pytest.mark.slow
 def test_a_check_tells_the_size_of_the_encodings_and_makes_those_that_the_network_is_judged_by(finished, tmp_path):
     """17 images to train on, each also flipped, 2 held out; 4 captions, both prompts among them, and the empty one.
 

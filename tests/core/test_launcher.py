@@ -132,6 +132,7 @@ def test_a_process_is_told_that_its_launcher_is_gone(tmp_path, platform, between
     started.wait()
 
 
+@pytest.mark.slow
 def test_a_process_outlives_what_started_it_if_that_is_no_launcher(tmp_path):
     started, process = start_by(tmp_path, "start.py")
     started.kill()

@@ -231,6 +231,7 @@ def test_dropout_is_refused():
         LoRAConfig(dropout=0.1)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(rank=st.integers(1, 8), alpha=st.one_of(st.none(), st.floats(0.1, 20)))
 def test_any_rank_and_alpha_survive_the_files(folders, tmp_path_factory, rank, alpha):

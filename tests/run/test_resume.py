@@ -19,7 +19,10 @@ from harness.undisturbed import command, undisturbed
 STEPS = 6  # 19 images in windows of 8: 8 + 8 + 3, twice
 
 
-@pytest.fixture(scope="module", params=["unconditional", "text", "lora"])
+@pytest.fixture(
+    scope="module",
+    params=["unconditional", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("text", "lora"))],
+)
 def base(request, tmp_path_factory):
     """A config with all that a resume could get wrong (crops, flips, warm-up, averaging, a tail), and a run of it."""
     return undisturbed(

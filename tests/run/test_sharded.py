@@ -80,6 +80,7 @@ def stopping(updates):
     return before
 
 
+@pytest.mark.slow
 def test_a_process_holds_and_writes_half(base):
     folder = base / f"run/checkpoint-{STEPS}"
     assert sorted(file.name for file in folder.iterdir()) == ["manifest.json", "run_state.json", *FILES]
@@ -90,6 +91,7 @@ def test_a_process_holds_and_writes_half(base):
     assert rows == {(0, 0, 0, 0): 1, (1, 0, 0, 0): 0}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_bit_exactly(base, tmp_path):
     arguments = ("--config", base / "config.yaml", f"output_dir={tmp_path / 'run'}")
     for updates in (1, 3):
@@ -134,6 +136,7 @@ def test_a_run_resumes_on_other_processes(exact, tmp_path, starts):
     assert {name: apart for name, apart in found.items() if apart > 4e-13} == {}
 
 
+@pytest.mark.slow
 def test_one_process_with_shard_is_the_run_without(base, tmp_path):
     for name, shard in (("sharded", "true"), ("whole", "false")):
         overrides = f"output_dir={tmp_path / name}", f"training.shard={shard}"
@@ -143,6 +146,7 @@ def test_one_process_with_shard_is_the_run_without(base, tmp_path):
     assert differing(tmp_path / "sharded", tmp_path / "whole", 10) == []
 
 
+@pytest.mark.slow
 def test_the_noise_scale_counts_the_micro_batches_of_all_processes(base, tmp_path):
     """The first micro-step has images 0 to 3 in either case, in two micro-batches of 2 or in one of 4."""
     overrides = f"output_dir={tmp_path / 'run'}", "training.micro_batch_size=4"
@@ -173,6 +177,7 @@ def test_the_export_is_the_whole_average(tmp_path, kind):
     network.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_evaluations_with_more_processes_than_chunks(evaluated, tmp_path):
     """One chunk of validation and one of samples, which one process computes alone where nothing is sharded."""
     assert valid_checkpoints(evaluated / "run") == [4, 6]
@@ -269,6 +274,7 @@ def test_parts_that_are_not_of_this_network_are_refused(base, tmp_path, change):
     assert other.errors == []
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_write_its_part_leaves_the_checkpoint_before(base, tmp_path):
     def before(process):
         if process == 1:
@@ -311,6 +317,7 @@ def test_a_killed_process_loses_nothing(base, tmp_path, kill):
     assert differing(base / "run", tmp_path / "run", STEPS) == []
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_sharded_run(base, tmp_path):
     """76,996 weights x 5 x 4 bytes in the config's own network: nothing to see in MB, so a larger one."""
     overrides = [f"output_dir={tmp_path / 'run'}", "model.unet.block_out_channels=[64, 64]", "--check"]

@@ -151,6 +151,7 @@ def limit_the_updates(most):
     skip_the_export()
 
 
+@pytest.mark.slow
 def test_many_shapes_that_do_not_fit_are_advised_and_finish(shaped, tmp_path):
     """Of 200 pixels: two images of 96 and three of 64 fit, more do not."""
     arguments = command(shaped, tmp_path / "run", *sizes(micro_batch_size=4, global_batch_size=8))
@@ -163,6 +164,7 @@ def test_many_shapes_that_do_not_fit_are_advised_and_finish(shaped, tmp_path):
     is_the_undisturbed_run(shaped, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_auto_finds_what_fits_of_the_largest_shape(shaped, tmp_path):
     def before():
         limit_pixels(200)
