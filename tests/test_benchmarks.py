@@ -104,7 +104,7 @@ def test_short_form_prints_every_row(command):
     name, *arguments = command.split()
     call = [sys.executable, ROOT / f"tests/benchmarks/{name}.py", *arguments]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "ACCELERATE_"))}
-    outcome = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    outcome = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     found = rows(outcome.stdout)
     assert [re.sub("(?<=^killed: ).*", "...", first) for first, *_ in found] == ROWS[command]
