@@ -200,6 +200,33 @@ def test_the_encoders_are_out_of_memory_while_updates_run(finished, tmp_path):
     assert (tmp_path / "alive").read_text() == "0"
 
 
+def test_what_decodes_latents_is_loaded_once_for_a_grid_of_two_guidance_scales(finished, tmp_path):
+    base, kind = finished
+    if kind != "text":
+        pytest.skip("decoding is the same for every kind")
+
+    def count():
+        from finetune.models.components import Folder
+
+        load, draw, loaded = Folder.load, evaluator.Evaluator._draw, []
+
+        def counted(folder, part, *arguments):
+            loaded.append(part)
+            return load(folder, part, *arguments)
+
+        def drawn(run, step):
+            loaded.clear()
+            draw(run, step)
+            with (tmp_path / "loaded").open("a") as file:
+                file.write(f"{step}: {loaded}\n")
+
+        Folder.load, evaluator.Evaluator._draw = counted, drawn
+
+    config = text_config(kind, base / "pictures", tmp_path / "run", training__max_train_steps=3)
+    finish("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path, before=count)
+    assert (tmp_path / "loaded").read_text() == "0: ['vae']\n3: ['vae']\n"
+
+
 @pytest.mark.slow
 def test_a_check_tells_the_size_of_the_encodings_and_makes_those_that_the_network_is_judged_by(finished, tmp_path):
     """17 images to train on, each also flipped, 2 held out; 4 captions, both prompts among them, and the empty one.

@@ -36,6 +36,25 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def require_room(what: str, folder: Path, needed: int, content: str, advice: str) -> None:
+    """Check free disk space before anything is written. Does not see quotas.
+
+    Args:
+        what: the setting or the work that needs it, and where; begins the line.
+        folder: where it will be written; need not exist.
+        needed: bytes, on top of what exists already.
+        content: of these bytes.
+        advice: what to do other than to free some.
+
+    Raises:
+        UserError: if there is less.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(f"{what}: found {free:,} bytes free, expected {needed:,} for {content}; free some, {advice}")
+
+
 @contextmanager
 def atomic(file: Path) -> Iterator[Path]:
     """A temporary path to write to. It replaces the file when the block succeeds and is removed when it fails."""

@@ -110,7 +110,10 @@ class Kind(Protocol):
         ...
 
     def images(self, clean: torch.Tensor) -> torch.Tensor:
-        """The images that clean tensors stand for, (b, C, H, W) in [-1, 1] if the network is right."""
+        """The images that clean tensors stand for, (b, C, H, W) in [-1, 1] if the network is right.
+
+        What makes images of latents stays loaded until `encoders().free()`, since there may be more to make.
+        """
         ...
 
     def conditions(self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None) -> Arguments:

@@ -4,7 +4,6 @@ An image's key is a hash of its pixels, so a changed picture of the same name an
 weights and settings are part of the folder's name. A flipped image is an entry of its own.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,8 +15,10 @@ from accelerate import Accelerator
 
 from finetune.core.distributed import all_agree, on_main_process, together
 from finetune.core.errors import UserError
+from finetune.core.files import require_room
 from finetune.core.kind import Encoders
 from finetune.core.shapes import Shape
+from finetune.data.cache import LARGER_CACHE
 from finetune.data.pieces import Piece, make_pieces, pieces_of
 from finetune.data.pixels import Images, Pixels
 from finetune.data.store import Store, key
@@ -149,15 +150,9 @@ class Encodings:
         return pieces
 
     def _require_room(self) -> None:
-        folder = self.embeddings.folder
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        if free < self.missing_bytes:
-            raise UserError(
-                f"encodings: {folder.parent}: found {free:,} bytes free, expected {self.missing_bytes:,} for "
-                f"{len(self.missing_images)} latents and {len(self.missing_texts)} texts; free some, or set "
-                "HF_DATASETS_CACHE to a larger disk"
-            )
+        content = f"{len(self.missing_images)} latents and {len(self.missing_texts)} texts"
+        folder = self.embeddings.folder.parent
+        require_room(f"encodings: {folder}", folder, self.missing_bytes, content, LARGER_CACHE)
 
     def prompts(self) -> "Prompts":
         """The embeddings of all texts that the run needs, by text, the empty one among them."""

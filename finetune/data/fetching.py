@@ -5,10 +5,10 @@ that changes at its source is fetched again.
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from finetune.core.distributed import on_main_process, together
 from finetune.core.errors import UserError
+from finetune.core.files import require_room
 from finetune.core.groups import processes
-from finetune.data.cache import exclusive
+from finetune.data.cache import LARGER_CACHE, exclusive
 from finetune.data.remote import Shard, connected, is_url, list_shards, named, reaching, state
 
 STREAMS = 4  # shards that a process fetches at a time
@@ -27,12 +28,14 @@ STREAMS = 4  # shards that a process fetches at a time
 def fetch_together(source: str) -> None:
     """Fetch the shards of a source, if it is a URL; the processes share the work. Called by all of them.
 
+    One process alone fetches them when it opens the source.
+
     Raises:
         UserError: on all processes, if any of them raised it.
     """
-    if is_url(source):
+    shared = processes()
+    if is_url(source) and shared.num_processes > 1:
         shards, _ = on_main_process(lambda: list_shards(source))
-        shared = processes()
         together(lambda: fetch(source, shards, shared.process_index, shared.num_processes))
 
 
@@ -45,7 +48,8 @@ def fetch(source: str, shards: Sequence[Shard], process: int = 0, processes: int
     mine = [shard for shard in shards[process::processes] if not shard.fetched]
     if not mine:
         return
-    _require_room(source, sum(shard.size for shard in shards if not shard.fetched))
+    needed, cache = sum(shard.size for shard in shards if not shard.fetched), Path(datasets.config.HF_DATASETS_CACHE)
+    require_room(f"data.source: {named(source)}: {cache}", cache, needed, "its shards", LARGER_CACHE)
     title, total = f"Fetching {len(mine)} shards", sum(shard.size for shard in mine)
     with (
         reaching(source),
@@ -109,13 +113,3 @@ def _fetch(system: Any, progress: _Progress, shard: Shard) -> None:
 def _present_state(system: Any, shard: Shard) -> str:
     system.invalidate_cache()
     return state(system.info(shard.address))
-
-
-def _require_room(source: str, needed: int) -> None:
-    cache = datasets.config.HF_DATASETS_CACHE
-    os.makedirs(cache, exist_ok=True)
-    if (free := shutil.disk_usage(cache).free) < needed:
-        raise UserError(
-            f"data.source: {named(source)}: found {free:,} bytes free in the datasets cache {cache}, expected "
-            f"{needed:,} for its shards; free some, or set HF_DATASETS_CACHE to a larger disk"
-        )

@@ -137,13 +137,7 @@ class Folder:
                 f"model.pretrained: {folder}: found no vocabulary; expected tokenizer.json, or vocab.json and "
                 "merges.txt"
             )
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            raise UserError(
-                f"model.pretrained: {folder}: the tokenizer cannot be loaded ({first_line(error)}); expected "
-                "that of CLIP"
-            ) from error
+        tokenizer = _of_clip(CLIPTokenizer, folder, "tokenizer")
         encoder = part.replace("tokenizer", "text_encoder")
         rows, length = (self.config(encoder).get(key) for key in ("vocab_size", "max_position_embeddings"))
         if len(tokenizer) > (rows or 0) or len(tokenizer) < 3 or tokenizer.model_max_length > (length or 0):
@@ -161,14 +155,7 @@ class Folder:
         """
         if not (self.has("safety_checker") and self.has("feature_extractor")):
             return {}
-        folder = self.path / "feature_extractor"
-        try:
-            extractor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            raise UserError(
-                f"model.pretrained: {folder}: the feature extractor cannot be loaded ({first_line(error)}); expected "
-                "that of CLIP"
-            ) from error
+        extractor = _of_clip(CLIPImageProcessor, self.path / "feature_extractor", "feature extractor")
         return {"safety_checker": self.load("safety_checker"), "feature_extractor": extractor}
 
     def digest(self, parts: Sequence[str]) -> str:
@@ -190,3 +177,13 @@ class Folder:
                 f"model.pretrained: {self.name}: found {part}: {json.dumps(found)} in model_index.json; expected a "
                 f"{classes[0]}, as a {self.pipeline_class.__name__} has"
             )
+
+
+def _of_clip(cls: type[Any], folder: Path, what: str) -> Any:
+    """A component without weights, of one class whatever its files say."""
+    try:
+        return cls.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise UserError(
+            f"model.pretrained: {folder}: the {what} cannot be loaded ({first_line(error)}); expected that of CLIP"
+        ) from error

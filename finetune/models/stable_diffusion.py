@@ -114,14 +114,12 @@ class StableDiffusion:
 
     @torch.no_grad()
     def images(self, clean: torch.Tensor) -> torch.Tensor:
-        """What the VAE decodes, one at a time: (b, C, H, W), about [-1, 1]. Loads the VAE, and frees it again."""
+        """What the VAE decodes, one at a time: (b, C, H, W), about [-1, 1]; it is loaded until `encoders().free()`."""
         latents = clean / self._scale
         if self._statistics is not None:
             mean, std = (values.to(clean) for values in self._statistics)
             latents = latents * std + mean
-        images = self._encoders.decode(latents, clean.device)
-        self._encoders.free()
-        return images
+        return self._encoders.decode(latents, clean.device)
 
     def encoders(self) -> PipelineEncoders:
         """The pipeline's VAE and text encoders."""

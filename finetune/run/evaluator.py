@@ -1,7 +1,7 @@
 """What is evaluated between updates, and when: validation, samples, and the quality of samples."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,16 @@ class Evaluator:
     def _averaged(self) -> AbstractContextManager[None]:
         return averaged_weights(self.kind.trainable().values(), self.ema)
 
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """With the averaged weights; what decodes latents is loaded once for the block, and freed at its end."""
+        with self._averaged():
+            try:
+                yield
+            finally:
+                if (encoders := self.kind.encoders()) is not None:
+                    encoders.free()
+
     def _validate(self, validation: Validation, state: RunState) -> None:
         losses = validation.losses(self.accelerator, self.check_stop)
         scalars = {"validation/loss": losses.mean()}
@@ -89,7 +99,7 @@ class Evaluator:
         options, rows = self.config.samples, self.evaluations.samples.names
         validation = self.evaluations.validation
         names = [name for name in rows for _ in range(-(-options.count // len(rows)))]
-        with self._averaged():
+        with self._drawing():
             blocks = [
                 [self._sample(names, scale, "samples", shape) for scale in options.guidance_scales]
                 for shape in self.evaluations.samples.shapes
@@ -105,7 +115,7 @@ class Evaluator:
 
     def _measure(self, quality: Quality, step: int) -> float:
         """Compare samples with held-out images, drawn for their conditions and shapes; returns the kernel distance."""
-        with self._averaged():
+        with self._drawing():
             drawn = self.config.seed, quality.names, quality.shapes, self.config.samples.inference_steps
             options = self.config.samples.guidance_scales[0], "quality", self.config.samples.negative_prompt
             samples = sample_each(self.kind, self.accelerator, self.check_stop, *drawn, *options)

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import socket
 import time
 import uuid
@@ -96,21 +95,3 @@ def _sees(token: Path) -> bool:
         with contextlib.suppress(OSError):
             os.listdir(token.parent)
     return True
-
-
-def require_room(output_dir: Path, needed: int, what: str) -> None:
-    """Check free disk space against what a run will write, before anything is written. Does not see quotas.
-
-    Args:
-        needed: bytes, on top of what exists already.
-
-    Raises:
-        UserError: if there is less.
-    """
-    existing = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"output_dir: {output_dir}: found {free:,} bytes free, expected {needed:,} for {what}; free some, set an "
-            "output_dir on a larger disk, or set a smaller checkpoint.keep"
-        )

@@ -14,7 +14,7 @@ from finetune.config.schema import Config
 from finetune.core.batch import BatchLayout
 from finetune.core.distributed import on_main_process, say, together
 from finetune.core.errors import UserError
-from finetune.core.files import atomic
+from finetune.core.files import atomic, require_room
 from finetune.core.kind import Kind
 from finetune.core.sharding import is_sharded
 from finetune.core.stopping import StopCheck, StopRequest
@@ -23,7 +23,7 @@ from finetune.evaluation.evaluations import Evaluations
 from finetune.run import checkpoint, shards
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.evaluator import Evaluator
-from finetune.run.folder import Lock, require_room, require_shared
+from finetune.run.folder import Lock, require_shared
 from finetune.run.report import Report
 from finetune.run.run import Run
 from finetune.run.state import Length, RunState, differences, identity
@@ -108,7 +108,8 @@ def _check_room(config: Config, kind: Kind, checkpoints: Checkpoints, step: int,
     branches_off = checkpoints.named is not None and not checkpoints.names_own()
     needed = checkpoints.room_needed(size, saves + branches_off) + size * config.checkpoint.keep_best + weights
     what = f"checkpoints of {size:,} bytes (checkpoint.keep={keep} and the next one) and the pipeline"
-    require_room(checkpoints.output_dir, needed, what)
+    advice = "set an output_dir on a larger disk, or set a smaller checkpoint.keep"
+    require_room(f"output_dir: {checkpoints.output_dir}", checkpoints.output_dir, needed, what, advice)
 
 
 def start_run(

@@ -1,9 +1,11 @@
-"""Atomic writes: a file is replaced completely or not at all."""
+"""Atomic writes: a file is replaced completely or not at all, and only where there is room."""
+
+from collections import namedtuple
 
 import pytest
 
 from finetune.core.errors import UserError
-from finetune.core.files import atomic
+from finetune.core.files import atomic, require_room
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):
@@ -29,3 +31,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert failure.value.exit_code == 1
     assert file.read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_too_little_room_is_refused_with_both_numbers(tmp_path, monkeypatch):
+    disk = namedtuple("Disk", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk(5000, 3766, 1234))
+    require_room("output_dir: there", tmp_path / "not" / "there", 1234, "files", "or set another")
+    with pytest.raises(UserError) as failure:
+        require_room("output_dir: here", tmp_path, 1235, "files", "or set another")
+    assert str(failure.value) == (
+        "output_dir: here: found 1,234 bytes free, expected 1,235 for files; free some, or set another"
+    )

@@ -102,6 +102,18 @@ def tiny_config(pictures: Path, output_dir: Path, **changes: Any) -> dict:
     return config
 
 
+def write_endless(base: Path) -> Path:
+    """The file of a run without an end, with a checkpoint where it is stopped and a data worker for each process, which
+    signals reach too."""
+    config = tiny_config(
+        write_pictures(base / "pictures", 16),
+        base / "run",
+        data__num_workers=1,
+        training={"micro_batch_size": 4, "global_batch_size": 8, "max_train_steps": 100_000},
+    )
+    return write_config(base / "config.yaml", config)
+
+
 EVALUATED_STEPS = 6  # of 19 pictures, 2 of them held out, in windows of 8: 8 + 8 + 1, twice
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from finetune.run import checkpoint
 from harness.configs import evaluated_config, write_config, write_pictures
-from harness.processes import finish
+from harness.processes import finish, run_two
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +19,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_config(base / "config.yaml", evaluated_config(write_pictures(base / "pictures", 19), base / "run"))
     finish("--config", base / "config.yaml", folder=base)
     return base
+
+
+@pytest.fixture(scope="session")
+def on_two(undisturbed: Path) -> tuple[str | Path, ...]:
+    """The undisturbed run on two processes of one host, in two/; returns the command, which lacks the output folder."""
+    command = ("--config", undisturbed / "config.yaml", "training.micro_batch_size=2")
+    outcomes = run_two(*command, f"output_dir={undisturbed / 'two'}", folder=undisturbed)
+    assert [outcome.returncode for outcome in outcomes] == [0, 0]
+    return command
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from finetune.run import checkpoint
 from harness.compare import valid_checkpoints
-from harness.configs import tiny_config, write_config, write_pictures
+from harness.configs import write_endless
 from harness.processes import default_signals, run, start_command, wait_for
 from harness.supervisors import LAUNCH, ONE, PYTHON, TWO
 
@@ -24,15 +24,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A run without an end, with a checkpoint after each of its first updates."""
-    base = tmp_path_factory.mktemp("base")
-    config = tiny_config(
-        write_pictures(base / "pictures", 16),
-        base / "run",
-        data__num_workers=1,  # signals reach it too
-        training={"micro_batch_size": 4, "global_batch_size": 8, "max_train_steps": 100_000},
-    )
-    return write_config(base / "config.yaml", config)
+    return write_endless(tmp_path_factory.mktemp("base"))
 
 
 class Running:

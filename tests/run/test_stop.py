@@ -20,15 +20,6 @@ from harness.processes import finish, run, run_two
 STOPPED = "Stopped after step {} of 6; everything is saved. Run the same command again to resume."
 
 
-@pytest.fixture(scope="module")
-def on_two(undisturbed):
-    """The undisturbed run on two processes; returns the command, which lacks the output folder."""
-    command = ("--config", undisturbed / "config.yaml", "training.micro_batch_size=2")
-    outcomes = run_two(*command, f"output_dir={undisturbed / 'two'}", folder=undisturbed)
-    assert [outcome.returncode for outcome in outcomes] == [0, 0]
-    return command
-
-
 def count_forward_passes(number, call, tally):
     """A signal at the call-th forward pass of the run itself; a file counts how many there were."""
     at_call(start, "_open_report", 1, partial(_count_forward_passes, number, call, tally), after=True)

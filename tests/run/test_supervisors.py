@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from harness.compare import history, newest_step, valid_checkpoints
-from harness.configs import ROOT, tiny_config, write_config, write_pictures
+from harness.configs import ROOT, write_config, write_endless
 from harness.processes import run, start_command, wait_for
 from harness.supervisors import DOCKER, KUBERNETES, PATIENT, PYTHON, SLURM, SYSTEMD, TWO, Job
 
@@ -22,15 +22,7 @@ LAUNCH = ROOT / "configs/launch"
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A run without an end, with a data worker for each process, which the signals reach too."""
-    base = tmp_path_factory.mktemp("base")
-    config = tiny_config(
-        write_pictures(base / "pictures", 16),
-        base / "run",
-        data__num_workers=1,
-        training={"micro_batch_size": 4, "global_batch_size": 8, "max_train_steps": 100_000},
-    )
-    return write_config(base / "config.yaml", config)
+    return write_endless(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize(

@@ -35,15 +35,6 @@ def hosts():
         yield hosts
 
 
-@pytest.fixture(scope="module")
-def on_one(undisturbed):
-    """The undisturbed run on one host of two processes; returns the command, which lacks the output folder."""
-    command = ("--config", undisturbed / "config.yaml", "training.micro_batch_size=2")
-    outcomes = run_two(*command, f"output_dir={undisturbed / 'one-host'}", folder=undisturbed)
-    assert [outcome.returncode for outcome in outcomes] == [0, 0]
-    return command
-
-
 def ended(trainings, seconds=60):
     """How they ended; if one of them does not, none is left."""
     outcomes = []
@@ -79,15 +70,15 @@ def wait_for_file(file, seconds=30):
 
 
 def test_two_hosts_with_caches_of_their_own_make_the_run_of_one_host_to_the_last_bit(
-    undisturbed, on_one, hosts, tmp_path
+    undisturbed, on_two, hosts, tmp_path
 ):
     def before(process):
         datasets.config.HF_DATASETS_CACHE = str(tmp_path / f"cache-{process}")
         hide(tmp_path / f"cache-{1 - process}")
 
     output_dir = tmp_path / "run"
-    finished(hosts, *on_one, f"output_dir={output_dir}", folder=tmp_path, before=before)
-    assert differing(undisturbed / "one-host", output_dir, EVALUATED_STEPS) == []
+    finished(hosts, *on_two, f"output_dir={output_dir}", folder=tmp_path, before=before)
+    assert differing(undisturbed / "two", output_dir, EVALUATED_STEPS) == []
     first, second = (sorted(file.name for file in (tmp_path / f"cache-{n}").rglob("*.arrow")) for n in (0, 1))
     assert first == second != []  # each host decoded for itself
 
@@ -95,29 +86,29 @@ def test_two_hosts_with_caches_of_their_own_make_the_run_of_one_host_to_the_last
 @pytest.mark.parametrize(
     ("signalled", "moment", "saved"), [(0, (Validation, "losses"), 0), (1, (Window, "add"), 1)], ids=["first", "second"]
 )
-def test_sigusr1_to_one_host_stops_both_at_one_step(undisturbed, on_one, hosts, tmp_path, signalled, moment, saved):
+def test_sigusr1_to_one_host_stops_both_at_one_step(undisturbed, on_two, hosts, tmp_path, signalled, moment, saved):
     def before(process):
         if process == signalled:
             signal_at(signal.SIGUSR1, *moment, 1)
 
-    command = (*on_one, f"output_dir={tmp_path / 'run'}")
+    command = (*on_two, f"output_dir={tmp_path / 'run'}")
     outcomes = ended(start_on(hosts, *command, folder=tmp_path, before=before))
     assert [outcome.returncode for outcome in outcomes] == [143, 143], outcomes
     assert [outcome.stdout.count(f"Stopped after step {saved} of 6;") for outcome in outcomes] == [1, 0]
     assert valid_checkpoints(tmp_path / "run") == [saved]
     finished(hosts, *command, folder=tmp_path)
-    assert differing(undisturbed / "one-host", tmp_path / "run", EVALUATED_STEPS) == []
+    assert differing(undisturbed / "two", tmp_path / "run", EVALUATED_STEPS) == []
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_host_ends_the_other_with_one_line_and_both_resume(undisturbed, on_one, hosts, tmp_path, killed):
+def test_a_killed_host_ends_the_other_with_one_line_and_both_resume(undisturbed, on_two, hosts, tmp_path, killed):
     """Its kernel lives on, and closes its connections."""
 
     def before(process):
         if process == killed:
             kill_at(Window, "add", 6)  # in the fourth update: 2 + 2 + 1 micro-steps come before it
 
-    command = (*on_one, f"output_dir={tmp_path / 'run'}")
+    command = (*on_two, f"output_dir={tmp_path / 'run'}")
     outcomes = ended(start_on(hosts, *command, folder=tmp_path, before=before))
     assert outcomes[killed].returncode == -signal.SIGKILL
     left = outcomes[1 - killed]
@@ -125,42 +116,42 @@ def test_a_killed_host_ends_the_other_with_one_line_and_both_resume(undisturbed,
     assert left.error.startswith("launch: another process of this run ended")
     assert valid_checkpoints(tmp_path / "run") == [2]
     finished(hosts, *command, folder=tmp_path)
-    assert differing(undisturbed / "one-host", tmp_path / "run", EVALUATED_STEPS) == []
+    assert differing(undisturbed / "two", tmp_path / "run", EVALUATED_STEPS) == []
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_of_two_hosts_is_resumed_on_one(undisturbed, on_one, hosts, tmp_path, processes):
+def test_a_run_of_two_hosts_is_resumed_on_two(undisturbed, on_two, hosts, tmp_path, processes):
     """By two processes to the last bit; by one, which adds in another order, up to rounding."""
 
     def before(process):
         if process == 1:
             signal_at(signal.SIGTERM, Window, "add", 6)
 
-    command = (*on_one, f"output_dir={tmp_path / 'run'}")
+    command = (*on_two, f"output_dir={tmp_path / 'run'}")
     stopped = ended(start_on(hosts, *command, folder=tmp_path, before=before))
     assert [outcome.returncode for outcome in stopped] == [143, 143], stopped
     if processes == 2:
         assert [outcome.returncode for outcome in run_two(*command, folder=tmp_path)] == [0, 0]
-        assert differing(undisturbed / "one-host", tmp_path / "run", EVALUATED_STEPS) == []
+        assert differing(undisturbed / "two", tmp_path / "run", EVALUATED_STEPS) == []
     else:
         finish(*command, "training.gradient_accumulation_steps=4", folder=tmp_path)
-        expected, found = (weights(folder, EVALUATED_STEPS) for folder in (undisturbed / "one-host", tmp_path / "run"))
+        expected, found = (weights(folder, EVALUATED_STEPS) for folder in (undisturbed / "two", tmp_path / "run"))
         assert relative_difference(expected, found) < 1e-5
 
 
-def test_a_run_of_one_host_is_resumed_on_two(undisturbed, on_one, hosts, tmp_path):
+def test_a_run_of_one_host_is_resumed_on_two(undisturbed, on_two, hosts, tmp_path):
     def before(process):
         if process == 1:
             signal_at(signal.SIGTERM, Window, "add", 6)
 
-    command = (*on_one, f"output_dir={tmp_path / 'run'}")
+    command = (*on_two, f"output_dir={tmp_path / 'run'}")
     stopped = run_two(*command, folder=tmp_path, before=before)
     assert [outcome.returncode for outcome in stopped] == [143, 143], stopped
     finished(hosts, *command, folder=tmp_path)
-    assert differing(undisturbed / "one-host", tmp_path / "run", EVALUATED_STEPS) == []
+    assert differing(undisturbed / "two", tmp_path / "run", EVALUATED_STEPS) == []
 
 
-def test_a_cut_link_is_told_by_both_hosts_and_the_run_resumes(undisturbed, on_one, hosts, tmp_path):
+def test_a_cut_link_is_told_by_both_hosts_and_the_run_resumes(undisturbed, on_two, hosts, tmp_path):
     """In the fourth update, where the gradients' group has a timeout of ten minutes."""
 
     def before(process):
@@ -168,7 +159,7 @@ def test_a_cut_link_is_told_by_both_hosts_and_the_run_resumes(undisturbed, on_on
         if process == 1:
             at_call(Window, "add", 6, partial(hosts[1].cable, "down"))
 
-    command = (*on_one, f"output_dir={tmp_path / 'run'}")
+    command = (*on_two, f"output_dir={tmp_path / 'run'}")
     outcomes = ended(start_on(hosts, *command, folder=tmp_path, before=before), 6 * SILENCE)
     for outcome, other in zip(outcomes, reversed(hosts), strict=True):
         assert outcome.returncode == 1, outcome
@@ -176,11 +167,11 @@ def test_a_cut_link_is_told_by_both_hosts_and_the_run_resumes(undisturbed, on_on
     assert valid_checkpoints(tmp_path / "run") == [2]
     hosts[1].cable("up")
     finished(hosts, *command, folder=tmp_path)
-    assert differing(undisturbed / "one-host", tmp_path / "run", EVALUATED_STEPS) == []
+    assert differing(undisturbed / "two", tmp_path / "run", EVALUATED_STEPS) == []
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_host_that_decodes_for_long_is_not_taken_for_gone_and_one_that_is_gone_is(on_one, hosts, tmp_path, cut):
+def test_a_host_that_decodes_for_long_is_not_taken_for_gone_and_one_that_is_gone_is(on_two, hosts, tmp_path, cut):
     """The main process decodes for three times the silence that is allowed, while the other waits in the control group,
     which has a timeout of a day; after a cut it would decode on."""
 
@@ -196,7 +187,7 @@ def test_a_host_that_decodes_for_long_is_not_taken_for_gone_and_one_that_is_gone
         if process == 0:
             loading.load_data = slowly
 
-    one, other = start_on(hosts, *on_one, f"output_dir={tmp_path / 'run'}", folder=tmp_path, before=before)
+    one, other = start_on(hosts, *on_two, f"output_dir={tmp_path / 'run'}", folder=tmp_path, before=before)
     wait_for_file(tmp_path / "decoding")
     if not cut:
         assert [outcome.returncode for outcome in ended([one, other])] == [0, 0]

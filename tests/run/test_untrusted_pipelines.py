@@ -199,16 +199,22 @@ def checker(tmp_path_factory):
     return base
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "bomb"), [*(("text", bomb) for bomb in (None, *BOMBS)), ("lora", plain_pickle)])
-def test_a_bomb_as_safety_checker_does_not_go_off(copied, checker, fine_tune, tmp_path, kind, bomb):
-    """It is part of what a full run exports, and so loaded before the run begins; an adapter's export has none."""
+@pytest.fixture
+def pipeline(copied, checker):
+    """One that comes with both."""
     pipeline = copied("text")
     shutil.copytree(checker, pipeline, dirs_exist_ok=True)
     index = json.loads((pipeline / "model_index.json").read_text())
     index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
     index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
     (pipeline / "model_index.json").write_text(json.dumps(index))
+    return pipeline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "bomb"), [*(("text", bomb) for bomb in (None, *BOMBS)), ("lora", plain_pickle)])
+def test_a_bomb_as_safety_checker_does_not_go_off(pipeline, fine_tune, tmp_path, kind, bomb):
+    """It is part of what a full run exports, and so loaded before the run begins; an adapter's export has none."""
     if bomb is not None:
         (pipeline / "safety_checker/model.safetensors").unlink()
         (pipeline / "safety_checker/pytorch_model.bin").write_bytes(bomb(tmp_path / "ran"))
@@ -222,13 +228,7 @@ def test_a_bomb_as_safety_checker_does_not_go_off(copied, checker, fine_tune, tm
         assert (tmp_path / "run/pipeline/safety_checker/model.safetensors").exists()
 
 
-def test_a_feature_extractor_that_cannot_be_read_is_refused(copied, checker, fine_tune, tmp_path):
-    pipeline = copied("text")
-    shutil.copytree(checker, pipeline, dirs_exist_ok=True)
-    index = json.loads((pipeline / "model_index.json").read_text())
-    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
-    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
-    (pipeline / "model_index.json").write_text(json.dumps(index))
+def test_a_feature_extractor_that_cannot_be_read_is_refused(pipeline, fine_tune, tmp_path):
     (pipeline / "feature_extractor/preprocessor_config.json").write_bytes(plain_pickle(tmp_path / "ran"))
     start = f"model.pretrained: {pipeline / 'feature_extractor'}: the feature extractor cannot be loaded ("
     assert_refused(fine_tune("text", pipeline), tmp_path, start)
