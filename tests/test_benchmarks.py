@@ -24,7 +24,6 @@ ROWS = {  # command -> the first cell of each row that it prints
     "checkpointing --short": [
         *("command to first update over bare imports and model", "resumed at update 1 over fresh"),
         *("a save over a plain write and sync", "saves at the default interval, updates of 0.4 s"),
-        "a save in two parts over one by one process",
     ],
     "classes --short": [
         "1.0",
@@ -62,7 +61,6 @@ ROWS = {  # command -> the first cell of each row that it prints
         "gradient checkpointing",
         "global batch 16 over 4, micro-batches of 4",
         *("gradient_checkpointing, micro-batch of 4", "saves, or none"),
-        *("each holds all", "training.shard", "training.shard, or not"),
     ],
     "scale --short": [
         *("100,000, full", "100,000, blocks"),
@@ -72,6 +70,8 @@ ROWS = {  # command -> the first cell of each row that it prints
         *(f"variance of a class's images in {size} in a row, of a sorted source" for size in ("64", "1,024", "16,384")),
         *("full", "blocks", "full, sorted by class", "blocks, sorted by class"),
         *("full, 100 of them", "blocks, 2,000 of them"),
+        *("each holds all", "training.shard", "training.shard, or not"),
+        "a save in two parts over one by one process",
     ],
     "shapes --short": [
         *("1", "3", "5", "7"),

@@ -78,15 +78,16 @@ def saving(unet: dict, rounds: int) -> None:
     row("saves at the default interval, updates of 0.4 s", f"{100 * save_seconds / (500 * 0.4):.2f} %", None, "1 %")
 
 
-def saving_in_parts(unet: dict, rounds: int) -> None:
-    """Two processes that each write their part, against the first of two writing everything."""
-    found = {}
+def saving_in_parts(short: bool) -> None:
+    """Two processes that each write their part, against the first of two writing everything (see `scale.py`)."""
+    head("saves of two processes")
+    (unet, rounds), found = saved(short), {}
     for shard in ("true", "false"):
         config = run_config(
-            f"shared-{shard}", unet, 8, training__micro_batch_size=1, training__gradient_accumulation_steps=1,
+            f"saves-{shard}", unet, 8, training__micro_batch_size=1, training__gradient_accumulation_steps=1,
             training__num_epochs=None, training__max_train_steps=rounds + 1, checkpoint__every_steps=1,
         )  # fmt: skip
-        file = write_config(Path(FOLDER.name, f"shared-{shard}.yaml"), config.model_dump(mode="json"))
+        file = write_config(Path(FOLDER.name, f"saves-{shard}.yaml"), config.model_dump(mode="json"))
         times = Path(FOLDER.name, f"times-{shard}")
         arguments = ("--config", file, f"training.shard={shard}")
         outcomes = run_two(*arguments, folder=Path(FOLDER.name, "log"), before=partial(noting_saves, times))
@@ -149,6 +150,11 @@ def starting(rounds: int, saved_step: int) -> None:
     row(f"resumed at update {saved_step} over fresh", f"{median(t for t, _ in resumed):.1f} s", ratio(resumed), "1.1")
 
 
+def saved(short: bool) -> tuple[dict, int]:
+    """A network, and how often it is saved."""
+    return unet_config((8, 16), 8) if short else unet_config((64, 128, 176), 8), 2 if short else 8
+
+
 def main() -> None:
     short = parser(__doc__).parse_args().short
     torch.set_num_threads(1)
@@ -156,9 +162,7 @@ def main() -> None:
     os.chdir(ROOT)  # configs/digits.yaml names its base relative to it
     head("saving and starting")
     starting(*((1, 1) if short else (5, 60)))
-    network, rounds = unet_config((8, 16), 8) if short else unet_config((64, 128, 176), 8), 2 if short else 8
-    saving(network, rounds)
-    saving_in_parts(network, rounds)
+    saving(*saved(short))
 
 
 if __name__ == "__main__":

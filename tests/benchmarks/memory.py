@@ -82,7 +82,8 @@ def of_two(file: Path, *overrides: str) -> tuple[float, str]:
 
 
 def compare_shares(short: bool) -> None:
-    """Two processes, of which each holds all, or its share. To the end of the export, with an average and saves."""
+    """Two processes, of which each holds all, or its share (see `scale.py`). To the end of the export, with an average
+    and saves."""
     network, found = unet_config((8, 16), 8) if short else WIDE, {}
     file = config_file("shared", network, 2, 2, 2, images=8, logging__tracker=None)
     head("peak memory of one of two processes, MB", "in the plan", "measured", "plan / measured", "limit")
@@ -130,16 +131,7 @@ def compare_plans(short: bool) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--shares", action="store_true", help="only of two processes that share a model or do not")
-    arguments = options.parse_args()
-    short = arguments.short
-    if not arguments.shares:
-        compare_all(short)
-    compare_shares(short)
-
-
-def compare_all(short: bool) -> None:
+    short = parser(__doc__).parse_args().short
     compare_plans(short)
     plain = {"ema__enabled": False, "logging__tracker": None}
     head("peak memory")

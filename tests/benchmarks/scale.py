@@ -1,6 +1,7 @@
-"""What an epoch's order costs at 1, 10 and 100 million images, how well it mixes, and how it reads from a disk.
+"""What many images and large models cost: an epoch's order at 1, 10 and 100 million, how well it mixes and how it reads
+from a disk; memory and saves of two processes that hold a part of the model each.
 
-python tests/benchmarks/scale.py                      # about eight minutes on one CPU core
+python tests/benchmarks/scale.py                      # about eleven minutes on one CPU core
 python tests/benchmarks/scale.py --only losses        # one of its tables
 python tests/benchmarks/scale.py --short              # the smallest sizes: does it run
 """
@@ -23,6 +24,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from checkpointing import saving_in_parts
+from memory import compare_shares
 from table import head, row
 
 import train
@@ -198,7 +201,7 @@ def bytes_from_disk() -> int:
     return int(fields["read_bytes"])
 
 
-TABLES = {table.__name__: table for table in (costs, draws, mixing, losses, reading)}
+TABLES = {table.__name__: table for table in (costs, draws, mixing, losses, reading, compare_shares, saving_in_parts)}
 
 
 def main() -> None:
