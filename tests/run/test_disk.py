@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from finetune.evaluation import pictures
 from finetune.models import hub
-from finetune.run import checkpoint, folder, manifest, report, start
+from finetune.run import checkpoint, manifest, report, start
 from harness.compare import differing, valid_checkpoints
 from harness.configs import EVALUATED_STEPS
 from harness.faults import at_call, fill_disk, limit_file_size
@@ -174,7 +174,7 @@ def test_a_run_starts_only_where_there_is_room_for_its_checkpoints_and_the_pipel
 
     def start_with(free, *more):
         def before():
-            folder.shutil.disk_usage = lambda path: disk(free, 0, free)
+            shutil.disk_usage = lambda path: disk(free, 0, free)
 
         return run(*command, *more, folder=undisturbed, before=before)
 
