@@ -10,6 +10,7 @@ CACHE = tempfile.mkdtemp(prefix="finetune-tests-")
 # Before any test module imports `datasets` or `huggingface_hub`, which read these once.
 os.environ |= {"HF_HOME": CACHE, "HF_DATASETS_CACHE": os.path.join(CACHE, "datasets"), "HF_HUB_OFFLINE": "1"}
 os.environ.pop("HF_HUB_CACHE", None)
+os.environ["COUNTED_FLOPS"] = os.path.join(CACHE, "flops")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: more threads only wait for each other
 
 

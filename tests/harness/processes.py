@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -21,14 +22,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import matplotlib.backends.backend_agg  # noqa: F401 - imported here so that no fork needs to
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import train  # noqa: F401 - imported here so that no fork needs to
+from finetune.evaluation.pictures import loss_curve
 from harness.configs import ROOT
+from harness.flops import remember_flops
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+with tempfile.TemporaryDirectory() as unused:  # imports matplotlib and loads its fonts, so that no fork needs to
+    loss_curve([{"step": 1, "train/loss": 1.0}], Path(unused, "loss_curve.png"), steps_per_epoch=1)
 
 
 class Outcome(NamedTuple):
@@ -74,6 +79,7 @@ class Training:
             multiprocessing.process._children.clear()  # data workers of the process that forked
             for number in SIGNALS:  # a run in the process that forked may have set handlers
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            remember_flops()
             before()
             sys.argv = ["train.py", *map(str, arguments)]
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -7,13 +7,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.config.inputs import ModelConfig
+from finetune.core.shapes import Shape
 from finetune.models.load import load_kind
 from finetune.models.unconditional import Unconditional
 from finetune.training import compute
 from finetune.training.compute import flops_per_image, has_bf16, peak_rates, with_prefix
-from harness.configs import UNET
+from harness.configs import UNET, of_kind
 
 CONVOLUTIONS = UNET | {"add_attention": False}  # whose kernels differ in what they compute again for the gradient
+ATTENTION = UNET | {"down_block_types": ["AttnDownBlock2D"] * 2, "up_block_types": ["AttnUpBlock2D"] * 2}
 
 
 def kind(resolution: int = 8, **options) -> Unconditional:
@@ -46,6 +48,19 @@ def test_twice_the_pixels_is_four_times_the_convolutions():
     """The timestep's embedding does not grow."""
     small, middle, large = (flops_per_image(kind(size)) for size in (8, 16, 32))
     assert large - middle == 4 * (middle - small)
+
+
+@pytest.mark.parametrize("name", ["unconditional", "text", "sdxl", "lora"])
+def test_of_many_shapes_three_are_counted(tmp_path, monkeypatch, name):
+    """The mean is as exact as if all of them were: convolutions and attention give a polynomial of the area."""
+    options = of_kind(name, tmp_path / "pictures").get("model", {"unet": ATTENTION})
+    trained = load_kind(ModelConfig(**options), 8, 0)
+    images = {Shape(8, 8): 5, Shape(8, 16): 1, Shape(16, 8): 2, Shape(8, 24): 3, Shape(24, 16): 1, Shape(32, 32): 7}
+    count, counted = compute._flops, []
+    exact = sum(number * count(trained, shape) for shape, number in images.items())
+    monkeypatch.setattr(compute, "_flops", lambda kind, shape: counted.append(shape) or count(kind, shape))
+    assert flops_per_image(trained, images) == round(exact / 19)
+    assert [shape.area for shape in counted] == [64, 192, 1024]
 
 
 def test_a_rate_is_the_work_of_the_fastest_round(monkeypatch):
