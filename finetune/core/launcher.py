@@ -4,6 +4,7 @@ Imports nothing slow, because train.py needs it before its own imports.
 """
 
 import ctypes
+import gc
 import os
 import re
 import signal
@@ -21,14 +22,22 @@ _MARKS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
 
 
 def prepare_for_imports() -> None:
-    """Have Ctrl-C end the process without a traceback until `imports_done`, and the end of the launcher stop it."""
+    """Have Ctrl-C end the process without a traceback until `imports_done`, and the end of the launcher stop it.
+
+    Garbage is not collected until then: the libraries' 900,000 objects would be searched many times while they are
+    made, and at exit, which takes 2.3 of the 6 seconds of a process that only imports them.
+    """
+    gc.disable()
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _end_with_launcher()
 
 
 def imports_done() -> None:
-    """Have Ctrl-C raise KeyboardInterrupt again, so that data workers are ended and files closed."""
+    """Have Ctrl-C raise KeyboardInterrupt again, so that data workers are ended and files closed, and collect garbage
+    again, but for what was imported."""
+    gc.freeze()
+    gc.enable()
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -151,3 +151,21 @@ def test_a_process_whose_launcher_ended_before_its_first_line_is_told(tmp_path):
         done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
         assert done.stdout == "told\n"
         assert done.stderr == "error: launch: the launcher of this process ended before it started\n"
+
+
+IMPORTING = """
+import gc
+from finetune.core.launcher import imports_done, prepare_for_imports
+prepare_for_imports()
+assert not gc.isenabled()
+imported = [[] for _ in range(100_000)]
+imports_done()
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+made = [[] for _ in range(1000)]
+gc.collect()
+assert 1000 < len(gc.get_objects()) < 50_000, "what was imported is searched"
+"""
+
+
+def test_garbage_is_collected_after_the_imports_and_never_among_what_was_imported():
+    subprocess.run([sys.executable, "-c", IMPORTING], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
