@@ -1,11 +1,13 @@
 """Tests leave nothing behind and reach nobody: caches lie in a folder of their own, and the hub is out of reach."""
 
+import gc
 import os
 import shutil
 import tempfile
 
 import pytest
 
+gc.disable()  # until all tests are imported: see `finetune.core.launcher.prepare_for_imports`
 CACHE = tempfile.mkdtemp(prefix="finetune-tests-")
 # Before any test module imports `datasets` or `huggingface_hub`, which read these once.
 os.environ |= {"HF_HOME": CACHE, "HF_DATASETS_CACHE": os.path.join(CACHE, "datasets"), "HF_HUB_OFFLINE": "1"}
@@ -17,6 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: more thr
 def pytest_collection_modifyitems(items):
     """Files whose tests take longest come first, so that two workers end at about the same time."""
     items.sort(key=lambda item: (len(item.path.parents), item.path.name != "test_benchmarks.py"))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,12 +1,14 @@
 """Imported first by every benchmark: where imports and caches lie, and the command line that all of them share."""
 
 import argparse
+import gc
 import os
 import platform
 import sys
 import tempfile
 from pathlib import Path
 
+gc.disable()  # until the command line is read: see `finetune.core.launcher.prepare_for_imports`
 ROOT = Path(__file__).parents[2]
 FOLDER = tempfile.TemporaryDirectory(prefix="finetune-benchmark-")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -16,7 +18,9 @@ os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "ACCELERATE_USE_CPU": "
 
 
 def parser(documentation: str) -> argparse.ArgumentParser:
-    """The command line of a benchmark, described by the first line of its docstring."""
+    """The command line of a benchmark, described by the first line of its docstring, after all imports."""
+    gc.freeze()
+    gc.enable()
     made = argparse.ArgumentParser(description=documentation.splitlines()[0])
     made.add_argument("--short", action="store_true", help="the smallest sizes, to see that all of it runs")
     return made
