@@ -57,7 +57,6 @@ ROWS = {  # command -> the first cell of each row that it prints
         *("64", "16384"),
     ],
     "memory --short": [
-        *("configs/digits.yaml, micro-batch of 16", "64 px, micro-batch of 2", "mostly weights"),
         "gradient checkpointing",
         "global batch 16 over 4, micro-batches of 4",
         *("gradient_checkpointing, micro-batch of 4", "saves, or none"),

@@ -64,11 +64,10 @@ def test_in_bf16_the_losses_agree_within_its_resolution(runs, case):
     assert in_float32["train/loss"] > 1e-5
 
 
-def test_a_run_compiled_by_inductor_is_the_uncompiled_run(tmp_path, monkeypatch):
-    """With the setting that the check of compiled gradients would find, which saves a compilation."""
-    monkeypatch.setenv("TORCHINDUCTOR_LAYOUT_OPTIMIZATION", "0")
+def test_a_compiled_run_is_the_uncompiled_run(tmp_path):
+    """By the backend that compiles in seconds; what inductor makes is compared in test_soundness."""
     case = Case("compiled", (1, 2, 4), 19)
-    runs = run_cases(tmp_path, [case])
+    runs = run_cases(tmp_path, [case], "aot_eager")
     assert_same_images(runs, case)
     found = differences(runs[case.reference], runs[case], case.updates)
     assert {name: apart for name, apart in found.items() if apart > BOUNDS["float32"]} == {}

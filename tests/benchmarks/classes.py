@@ -35,7 +35,7 @@ class ClippedWithoutItsNoise(DDIMScheduler):
         return super().step(output, timestep, sample)
 
 
-def accuracy(folder: Path, scale: float, each: int, scheduler: type = DDIMScheduler) -> float:
+def accuracy(folder: Path, scale: float, each: int, steps: int, scheduler: type = DDIMScheduler) -> float:
     """The share of samples in which an SVC that was trained on the real digits reads the requested one."""
     digits = load_digits()
     judge = SVC(gamma=0.001).fit(digits.data, digits.target)
@@ -44,7 +44,8 @@ def accuracy(folder: Path, scale: float, each: int, scheduler: type = DDIMSchedu
     pipeline.set_progress_bar_config(disable=True)
     asked = [name for name in pipeline.labels for _ in range(each)]
     generator = torch.Generator().manual_seed(1)
-    images = pipeline(asked, guidance_scale=scale, generator=generator, num_inference_steps=40, output_type="np").images
+    options = {"guidance_scale": scale, "num_inference_steps": steps, "output_type": "np"}
+    images = pipeline(asked, generator=generator, **options).images
     small = images.reshape(len(asked), 8, 2, 8, 2).mean((2, 4)).reshape(len(asked), 64)
     return float((judge.predict(16 * small) == np.array([int(name) for name in asked])).mean())
 
@@ -114,13 +115,15 @@ def saved(network: PreTrainedModel, folder: Path) -> str:
 
 
 def main(short: bool) -> None:
-    each, images = (2, 20) if short else (20, 200)
+    each, images, steps = (2, 20, 2) if short else (20, 200, 40)
     updates, early, draws = (4, 2, 4) if short else (300, 100, 20)
 
     head("guidance scale", "requested digit read", "with the noise of the unclipped image")
     trained = train("whole", updates)
     for scale in SCALES[:1] if short else SCALES:
-        found = (accuracy(trained / "pipeline", scale, each, how) for how in (DDIMScheduler, ClippedWithoutItsNoise))
+        found = (
+            accuracy(trained / "pipeline", scale, each, steps, how) for how in (DDIMScheduler, ClippedWithoutItsNoise)
+        )
         row(str(scale), *(f"{share:.1%}" for share in found))
 
     unet = yaml.safe_load((ROOT / "configs/digits-base.yaml").read_text())["model"]
@@ -133,7 +136,7 @@ def main(short: bool) -> None:
     head(f"start, {early} updates", "requested digit read at scale 2", "last training loss, smoothed")
     for name, folder in starts.items():
         loss = [line["train/loss_smoothed"] for line in history(folder) if "train/loss_smoothed" in line][-1]
-        row(name, f"{accuracy(folder / 'pipeline', 2.0, each):.1%}", f"{loss:.4f}")
+        row(name, f"{accuracy(folder / 'pipeline', 2.0, each, steps):.1%}", f"{loss:.4f}")
 
     resnet, vit = (
         trained_resnet(Path(FOLDER.name, "resnet"), 1 if short else 12),
@@ -151,6 +154,7 @@ def main(short: bool) -> None:
     for name, features, scale, overrides in measured[:2] if short else measured:
         quality = f"validation.quality={{features: {features}, images: {images}, every_steps: {max(updates // 4, 1)}}}"
         sampled = "data.validation_fraction=0.2", f"samples.guidance_scale={scale}"
+        sampled += ("samples.inference_steps=2",) if short else ()
         folder = train(f"quality {name}", updates, quality, *sampled, *overrides)
         curves[name] = [line for line in history(folder) if "validation/kernel_distance" in line]
     head("update", *(f"{name}: {what}" for name in curves for what in ("FD", "KID")))

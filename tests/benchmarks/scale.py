@@ -134,7 +134,7 @@ def mixing(short: bool) -> None:
 
 def losses(short: bool) -> None:
     """configs/digits.yaml under a full shuffle and in blocks as small as the data set: the loss of held-out images."""
-    epochs, seeds = (1, range(2)) if short else (3, range(4))
+    length, seeds = ("training.max_train_steps=2", range(2)) if short else ("training.num_epochs=3", range(4))
     head("digits, order", "validation/loss_ema", "against full, seed by seed")
     by_class = str(Path(FOLDER.name, "sorted.parquet"))
     digits = open_source("digits").splits["train"]
@@ -145,9 +145,9 @@ def losses(short: bool) -> None:
             orders.BlockOrder = small
             output = Path(FOLDER.name, f"{name}-{Path(source).stem}-{seed}")
             options = {"seed": seed, "output_dir": output, "data.source": source, "data.order": name}
-            options |= {"training.num_epochs": epochs, "samples.count": 0, "checkpoint.every_steps": 10_000}
-            options |= {"validation.every_steps": 10_000}
-            config = load_config(ROOT / "configs/digits.yaml", [f"{key}={value}" for key, value in options.items()])
+            options |= {"validation.every_steps": 10_000, "samples.count": 0, "checkpoint.every_steps": 10_000}
+            overrides = [length, *(f"{key}={value}" for key, value in options.items())]
+            config = load_config(ROOT / "configs/digits.yaml", overrides)
             quietly(lambda config=config: train.main(config))
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
             losses = [line["validation/loss_ema"] for line in lines if "validation/loss_ema" in line]

@@ -21,7 +21,7 @@ TAILS = {  # global batch -> images: the last window has
     },
     12: {19: "7 images, which micro-batches of 3 do not divide"},
 }
-PRECISIONS = ("float32", "float64", "bf16", "compiled")  # compiled: float32 by inductor, against float32 without it
+PRECISIONS = ("float32", "float64", "bf16", "compiled")  # compiled: float32, against float32 that is not
 COMPILED = [(1, 8, 1), (1, 2, 4), (2, 2, 2)]
 
 
@@ -63,8 +63,11 @@ def every_case(precision: str, kind: str = "unconditional") -> list[Case]:
     ]
 
 
-def run_cases(base: Path, cases: Iterable[Case]) -> dict[Case, Path]:
+def run_cases(base: Path, cases: Iterable[Case], backend: str = "inductor") -> dict[Case, Path]:
     """Run these and their references, in one launch for each number of processes, and one more where they are compiled.
+
+    Args:
+        backend: what compiles those that are to be compiled, as `accelerate launch` names it.
 
     Returns:
         The output folder of each.
@@ -79,7 +82,7 @@ def run_cases(base: Path, cases: Iterable[Case]) -> dict[Case, Path]:
         arguments += [
             argument for name in ("bf16", "float64") if files[name] for argument in (f"--{name}", *files[name])
         ]
-        options = ["--dynamo_backend", "inductor"] if compiled else []
+        options = ["--dynamo_backend", backend] if compiled else []
         outcome = launch(
             *arguments, processes=processes, launcher=options, script="tests/harness/several_runs.py", seconds=1200
         )

@@ -14,10 +14,14 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+if __name__ == "__main__":
+    from finetune.core.launcher import prepare_for_imports
+
+    prepare_for_imports()
+
+import torch  # noqa: E402 - as in train.py
 
 
 def run(files: list[str], stop_after: int | None) -> None:
@@ -25,9 +29,11 @@ def run(files: list[str], stop_after: int | None) -> None:
     from finetune.config.load import load_config
     from finetune.data.batches import Batches
     from harness.faults import skip_the_export, stop_after_updates
+    from harness.flops import remember_flops
     from harness.processes import forget_processes
 
     skip_the_export()
+    remember_flops()
     read = Batches.__getitems__
     for file in files:
         config = load_config(file)
