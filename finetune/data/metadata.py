@@ -33,7 +33,7 @@ def read_metadata(path: str, files: Sequence[str]) -> tuple[pa.Table, list[str]]
         The table, whose columns of pictures hold {"bytes", "path"}, and the names of these columns.
 
     Raises:
-        UserError: a file cannot be read, names pictures outside its folder, or a column holds values of several types.
+        UserError: a file cannot be read, names pictures outside `path`, or a column holds values of several types.
     """
     folders = [os.path.dirname(file) for file in files]
     for file, folder in zip(files, folders, strict=True):
@@ -45,7 +45,7 @@ def read_metadata(path: str, files: Sequence[str]) -> tuple[pa.Table, list[str]]
     for file in files:
         full = os.path.join(path, file)
         columns = READERS[os.path.splitext(file)[1].lower()](full)
-        tables.append((full, _with_pictures(columns, os.path.dirname(full), full)))
+        tables.append((full, _with_pictures(columns, path, full)))
     pictures = sorted({name for _, columns in tables for name in columns if isinstance(columns[name], Pictures)})
     merged: Columns = {name: [] for _, columns in tables for name in columns}
     texts = {name for name in merged if all(type(columns.get(name, Texts())) is Texts for _, columns in tables)}
@@ -114,24 +114,37 @@ def _read_parquet(file: str) -> Columns:
 READERS: dict[str, Callable[[str], Columns]] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _with_pictures(columns: Columns, folder: str, file: str) -> Columns:
+def _with_pictures(columns: Columns, root: str, file: str) -> Columns:
     """The columns named file_name and x_file_name as pictures, named image and x."""
     found: Columns = {}
     for name, values in columns.items():
         if (match := PICTURE_NAME.fullmatch(name)) is None:
             found.setdefault(name, values)
         else:
-            found[match[1] or "image"] = Pictures(_picture(value, folder, file) for value in values)
+            found[match[1] or "image"] = Pictures(_picture(value, root, file) for value in values)
     return found
 
 
-def _picture(value: Any, folder: str, file: str) -> dict[str, Any] | None:
+def _picture(value: Any, root: str, file: str) -> dict[str, Any] | None:
+    """What a column of pictures holds for the name of a file: one relative to the metadata file, or a full path."""
     if value is None:
         return None
-    name = os.path.normpath(str(value).replace("\\", "/"))
-    if not isinstance(value, str) or "://" in value or os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
-        raise UserError(f"data.source: {file}: found the file_name {value!r}; expected a name inside its folder")
-    return {"bytes": None, "path": os.path.join(folder, name)}
+    path = None
+    if isinstance(value, str) and "://" not in value:
+        path = _inside(root, os.path.normpath(os.path.join(os.path.dirname(file), value.replace("\\", "/"))))
+    if path is None:
+        raise UserError(f"data.source: {file}: found the file_name {value!r}; expected a name inside {root}")
+    return {"bytes": None, "path": path}
+
+
+def _inside(root: str, path: str) -> str | None:
+    """A path as one below `root`, which may also be reached by another name, through links; None if it is outside."""
+    below = root.rstrip(os.sep) + os.sep
+    if path.startswith(below):
+        return path
+    real, name = os.path.split(path)
+    real, below = os.path.join(os.path.realpath(real), name), os.path.join(os.path.realpath(root), "")
+    return os.path.join(root, real.removeprefix(below)) if real.startswith(below) else None
 
 
 def _array(name: str, values: list[Any], texts: bool, files: Sequence[str]) -> pa.Array:
