@@ -30,7 +30,7 @@ from finetune.data.pixels import (
     pixel_row,
     shaped_row,
 )
-from finetune.data.selection import Selection, select
+from finetune.data.selection import Selection, check_held_out, select
 from finetune.data.sources import Source, explained, open_source
 
 LISTED = 20  # bad images that an error or the plan names
@@ -81,6 +81,7 @@ def load_data(
         key = "caption" if config.caption else "caption_column"
         raise UserError(f"data.{key}: found {getattr(config, key)!r}; expected it with a text-to-image model only")
     source = open_source(config.source, output_dir, captioned)
+    check_held_out(source.splits, config)
     needed = image_format, labelled, captioned, shapes
     images = _load(source, config, config.split, "data.split", *needed)
     if config.validation_split is not None:

@@ -74,20 +74,25 @@ class Pictures(list[Any]):
 
 def _read_csv(file: str) -> Columns:
     with open(file, encoding="utf-8-sig", newline="") as opened:
-        reader = csv.reader(opened, skipinitialspace=True)
-        rows = ((reader.line_num, row) for row in reader if row)
-        _, names = next(rows)
-        columns: Columns = {name.strip(): Texts() for name in names}
-        if len(columns) < len(names):
-            raise UserError(f"data.source: {file}: found the columns {', '.join(names)}; expected a name for each")
-        for line, row in rows:
-            if len(row) != len(names):
-                raise UserError(
-                    f"data.source: {file}: line {line}: found {len(row)} values; expected {len(names)}, one for each "
-                    "column (a comma inside a value needs quotes around it)"
-                )
-            for values, value in zip(columns.values(), row, strict=True):
-                values.append(value or None)
+        reader = csv.reader(opened, skipinitialspace=True, strict=True)
+        try:
+            rows = [(reader.line_num, row) for row in reader if row]
+        except csv.Error as error:  # a quote without its end would take the rows after it into one value
+            raise _broken(file, reader.line_num, f"{error} (a quote that is opened has to be closed)") from None
+    _, names = rows.pop(0)
+    columns: Columns = {name.strip(): Texts() for name in names}
+    if len(columns) < len(names):
+        raise UserError(f"data.source: {file}: found the columns {', '.join(names)}; expected a name for each")
+    for line, row in rows:
+        if len(row) != len(names):
+            raise _broken(
+                file,
+                line,
+                f"found {len(row)} values; expected {len(names)}, one for each column (a comma inside a value needs "
+                "quotes around it)",
+            )
+        for values, value in zip(columns.values(), row, strict=True):
+            values.append(value or None)
     return columns
 
 
@@ -97,13 +102,26 @@ def _read_jsonl(file: str) -> Columns:
         for number, line in enumerate(opened, 1):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=_mapping)
                 except ValueError as error:
-                    raise UserError(f"data.source: {file}: line {number}: {first_line(error)}") from None
+                    raise _broken(file, number, first_line(error)) from None
                 if not isinstance(row, dict):
-                    raise UserError(f"data.source: {file}: line {number}: expected a mapping, {{...}}")
+                    raise _broken(file, number, "expected a mapping, {...}")
                 rows.append(row)
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON, whose keys may not repeat: Python would take the last, in silence."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"found the key {next(name for name in names if names.count(name) > 1)!r} twice; expected one")
+    return mapping
+
+
+def _broken(file: str, line: int, problem: str) -> UserError:
+    return UserError(f"data.source: {file}: line {line}: {problem}")
 
 
 def _read_parquet(file: str) -> Columns:
@@ -167,7 +185,7 @@ def _array(name: str, values: list[Any], texts: bool, files: Sequence[str]) -> p
         )
     try:
         return pa.array(values)
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         raise UserError(
             f"data.source: {name!r} of {', '.join(files[:3])} cannot be read: {first_line(error)}"
         ) from None

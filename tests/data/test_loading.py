@@ -299,5 +299,7 @@ def test_a_validation_split_is_held_out(tmp_path, decodes):
     assert len(decodes) == 5
     assert (len(train), len(held_out)) == (3, 2)
     assert train.fingerprint == load(str(tmp_path)).fingerprint
+    (line,) = problems(str(tmp_path), validation_split="train[:2]")
+    assert line.startswith("data.validation_split: found 'train[:2]', which has 2 rows in common with data.split")
     line = problems(str(tmp_path), validation_split="dev")[0]
     assert line.startswith("data.validation_split: found 'dev'; expected a split of")

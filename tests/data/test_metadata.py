@@ -85,9 +85,13 @@ def test_pictures_may_have_such_names_too(tmp_path, quoted):
         (["a.png,cat,"], "line 2: found 3 values; expected 2, one for each column"),
         (["a.png,cat", "b.png"], "line 3: found 1 values; expected 2"),
         (["a.png,cat", "b.png,dog, brown"], "line 3: found 3 values; expected 2"),
+        # A quote that is not closed takes the rows after it into its value.
+        (['a.png,"cat', "b.png,dog"], "line 3: unexpected end of data (a quote that is opened has to be closed)"),
+        (['a.png,"cat', 'b.png,"dog"'], "line 3: ',' expected after '\"'"),
+        (["a.png," + "x" * 131_073], "line 2: field larger than field limit (131072)"),
     ],
 )
-def test_rows_of_another_length_are_refused(tmp_path, lines, reason):
+def test_rows_that_are_not_a_value_for_each_column_are_refused(tmp_path, lines, reason):
     root = write_files(tmp_path, "a.png", "b.png")
     (root / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
     assert f"{root}/metadata.csv: {reason}" in refused(root)
@@ -143,6 +147,9 @@ def test_two_metadata_files_of_one_folder_are_refused(tmp_path, other):
             "found True and 2 in 'label'",
         ),
         (['{"file_name": "a.png"}', "[1]"], "line 2: expected a mapping"),
+        (['{"file_name": "a.png", "label": 1, "label": 2}'], "line 1: found the key 'label' twice; expected one"),
+        (['{"file_name": "a.png", "label": {"x": 1, "x": 2}}'], "line 1: found the key 'x' twice; expected one"),
+        (['{"file_name": "a.png", "label": 99999999999999999999}'], "'label' of metadata.jsonl cannot be read: "),
         (['{"file_name": "a.png"}', '{"file_name": "b'], "line 2: Unterminated string"),
         (['{"file_name": 7}'], "found the file_name 7; expected a name inside "),
     ],
