@@ -47,11 +47,13 @@ def check_format(channels: int, background: str) -> None:
     if channels not in MODES:
         raise UserError(f"model: found a network of {channels} input channels; expected 1 (grey), 3 (RGB) or 4 (RGBA)")
     try:
-        ImageColor.getcolor(background, "RGB")
+        opaque = len(ImageColor.getrgb(background)) == 3
     except ValueError:
+        opaque = False
+    if not opaque:
         raise UserError(
             f"data.background: found {background!r}; expected a colour such as white, '#ff8000' or 'rgb(255, 128, 0)'"
-        ) from None
+        )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from finetune.data.pixels import Images
 from finetune.run.report import table
 from finetune.run.state import Length
 from finetune.training.compute import has_bf16, with_prefix
+from finetune.training.optim import highest_rate
 from finetune.training.soundness import layout_dependent_layers
 
 _WINDOWS_COUNTED = 100  # of the first epoch, whose micro-steps the plan gives
@@ -75,8 +76,7 @@ def plan(
             "images)",
             "evaluation": _evaluation(config, length, num_held_out),
             "compute": f"{with_prefix(flops)}FLOP an image, forward and backward",
-            "learning rate": f"{config.optimizer.learning_rate:g}, {config.lr_scheduler.name}, "
-            f"{config.lr_scheduler.warmup_steps} updates of warm-up",
+            "learning rate": _learning_rate(config, length),
             "output": config.output_dir,
         },
     )
@@ -111,6 +111,13 @@ def shapes_note(images: Mapping[Shape, int], sampler: WindowSampler) -> str | No
     counts = ", ".join(f"{number} of {shape}" for shape, number in images.items())
     mean = f"{np.mean(steps):.2f} micro-steps a window on average, {np.mean(alone):.2f} with one shape"
     return f"{counts}\n{mean}"
+
+
+def _learning_rate(config: Config, length: Length) -> str:
+    peak, schedule = config.optimizer.learning_rate, config.lr_scheduler
+    highest = highest_rate(config.optimizer, schedule, length.total_steps)
+    reached = "" if highest > 0.999 * peak else f", never above {highest:.3g} in this run"
+    return f"{peak:g}, {schedule.name}, {schedule.warmup_steps} updates of warm-up{reached}"
 
 
 def _evaluation(config: Config, length: Length, num_held_out: int) -> str:

@@ -311,7 +311,15 @@ def test_channels_are_what_the_network_asks_for():
     assert small(plain("L", 9), 4) == [9, 9, 9, 255]
 
 
-@pytest.mark.parametrize(("channels", "background", "named"), [(2, "white", "model"), (3, "whit", "data.background")])
+@pytest.mark.parametrize(
+    ("channels", "background", "named"),
+    [
+        (2, "white", "model"),
+        (3, "whit", "data.background"),
+        (3, "#ff000080", "data.background"),  # half transparent: what should be below it?
+        (3, "rgba(255, 0, 0, 128)", "data.background"),
+    ],
+)
 def test_what_no_picture_can_become_is_refused(channels, background, named):
     with pytest.raises(UserError, match=f"^{named}: found ") as caught:
         check_format(channels, background)

@@ -135,10 +135,13 @@ def test_a_disk_that_becomes_read_only_in_a_run_or_before_it(undisturbed, disk):
     ],
 )
 def test_an_output_folder_that_cannot_exist(undisturbed, tmp_path, place, problem):
+    """Found by a check as well, which writes nothing itself."""
     (tmp_path / "file").write_text("mine")
-    refused = run("--config", undisturbed / "config.yaml", f"output_dir={tmp_path / place}", folder=undisturbed)
-    assert refused.returncode == 2
-    assert refused.error.startswith(f"output_dir: {tmp_path / place}: {problem}")
+    for flags in ([], ["--check"]):
+        command = "--config", undisturbed / "config.yaml", f"output_dir={tmp_path / place}", *flags
+        refused = run(*command, folder=undisturbed)
+        assert refused.returncode == 2
+        assert refused.error.startswith(f"output_dir: {tmp_path / place}: {problem}")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
 
 

@@ -3,11 +3,13 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from diffusers import UNet2DModel
 
 from finetune.config.schema import Config
 from finetune.core.batch import BatchLayout
+from finetune.core.errors import UserError
 from finetune.models.load import load_kind
 from finetune.run.plan import plan as printed
 from harness.configs import UNET, tiny_config
@@ -60,6 +62,20 @@ def test_the_plan_says_when_the_run_is_evaluated():
     # a tenth of 55 updates
     assert f"evaluation validation every 5 update(s), 4 draws of the held-out images; {samples}" in plan(config, 2)
     assert f"evaluation {samples}" in plan(config)
+
+
+def test_the_plan_says_if_the_learning_rate_never_reaches_its_peak():
+    # six updates, 0 to 5
+    long = config_of(lr_scheduler={"name": "cosine", "warmup_steps": 50})
+    assert "learning rate 0.001, cosine, 50 updates of warm-up, never above 0.0001 in this run" in plan(long)
+    assert "learning rate 0.001, cosine, 5 updates of warm-up" in plan(
+        config_of(lr_scheduler={"name": "cosine", "warmup_steps": 5})
+    )
+
+
+def test_a_schedule_that_the_run_could_not_follow_is_found_by_the_plan():
+    with pytest.raises(UserError, match=r"lr_scheduler.warmup_steps: found 6; expected fewer than this run's 6"):
+        plan(config_of(lr_scheduler={"name": "polynomial", "warmup_steps": 6}))
 
 
 def test_a_dropout_of_conditions_that_there_are_none_of_is_noted():
