@@ -33,9 +33,21 @@ def build(name: str, **options: Any) -> dict[str, datasets.Dataset]:
     is_partial = bool(classes) and not any(isinstance(kind, datasets.Image) for kind in described.values())
     if is_partial:
         builder.info.features = None
+    if builder.name == "webdataset":
+        splits_of_archives = [*_archives(builder).values()]
+        # `datasets` takes the columns from the last split.
+        check_archives([file for files in splits_of_archives for file in files], first=splits_of_archives[-1][0])
     builder.download_and_prepare()
     splits: dict[str, datasets.Dataset] = builder.as_dataset()
     return {split: named_classes(table, classes, name) for split, table in splits.items()} if is_partial else splits
+
+
+def _archives(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
+    """The tar files of a builder by split, on this machine: those of a hub are downloaded, once."""
+    options = datasets.DownloadConfig(cache_dir=builder._cache_downloaded_dir, use_etag=False, token=builder.token)
+    manager = datasets.DownloadManager(dataset_name=builder.dataset_name, download_config=options)
+    files: dict[str, list[str]] = manager.download(builder.config.data_files)
+    return files
 
 
 def build_tables(
@@ -50,8 +62,6 @@ def build_tables(
     if reader == "parquet":
         files = with_rows(files)
     paths = [file for split in files.values() for file in split]
-    if reader == "webdataset":
-        check_archives(paths, first=[*files.values()][-1][0])  # `datasets` takes the columns from the last split
     patterns = {split: [glob.escape(file) for file in paths] for split, paths in files.items()}
     try:
         if reader in ("parquet", "arrow"):
