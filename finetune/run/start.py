@@ -88,7 +88,7 @@ def _check_same_run(folder: Path, own_identity: dict[str, Any], length: Length) 
         saved["identity"]["data"].setdefault("order", "full")  # of checkpoints from before there was another
         if changed := differences(saved["identity"], own_identity):
             raise UserError(
-                *(f"{folder} is of another run: {phrase}" for phrase in changed),
+                *(f"{folder} is of another run: {phrase}{_meaning(phrase)}" for phrase in changed),
                 "set another output_dir to start a new run, or the former values to resume this one",
             )
         step = RunState(**saved["state"]).step
@@ -99,6 +99,16 @@ def _check_same_run(folder: Path, own_identity: dict[str, Any], length: Length) 
             "another output_dir"
         )
     return step
+
+
+def _meaning(change: str) -> str:
+    """Of a changed hash what it is of."""
+    if not change.startswith("data.fingerprint:"):
+        return ""
+    return (
+        " (images were added, removed, changed or put in another order by their names, or other settings of data "
+        "choose, resize, describe or hold them out)"
+    )
 
 
 def _check_room(config: Config, kind: Kind, checkpoints: Checkpoints, step: int, total_steps: int) -> None:

@@ -146,7 +146,9 @@ def test_an_output_folder_that_cannot_exist(undisturbed, tmp_path, place, proble
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["config.yaml", "tensorboard", "samples", "pipeline", "loss_curve.png"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.jsonl", "tensorboard", "samples", "pipeline", "loss_curve.png"]
+)
 def test_a_file_where_a_folder_belongs_or_the_reverse(undisturbed, tmp_path, name):
     """It is named and left as it is; once it is moved away the run resumes."""
     output_dir = tmp_path / "run"
