@@ -21,7 +21,7 @@ from finetune.core.errors import UserError
 from finetune.core.shapes import Shape, covering, nearest
 from finetune.data.colour import in_srgb
 from finetune.data.colour_tags import profile_of
-from finetune.data.formats import FORMATS, head_of, why_unreadable
+from finetune.data.formats import FORMATS, ends_in_zeros, head_of, why_unreadable
 from finetune.data.pixels import BadImageError, Original
 from finetune.data.samples import (
     Depth,
@@ -115,6 +115,8 @@ def _decode(source: bytes | str, channels: int, shapes: Sequence[Shape], crop: s
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
         to_full_page(file)
         width, height = file.size
+        if file.format in DRAFTED and ends_in_zeros(source):  # libjpeg would fill the rest with grey, in silence
+            raise BadImageError("is damaged or cut off: it ends in zeros")
         if min(width, height) < 2:
             raise BadImageError(f"is {width} x {height} pixels, expected at least 2 a side")
         transparency, depth = _transparency(file), depth_of(file, source)
