@@ -14,8 +14,10 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
 from finetune.core.errors import UserError
 from finetune.data import decode as decoding
-from finetune.data.decode import check_format, decode, original, quiet
+from finetune.data import loading
+from finetune.data.decode import check_format, decode, quiet
 from finetune.data.pixels import BadImageError
+from harness.originals import original
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -550,3 +552,14 @@ def test_the_original_size_is_that_of_the_upright_picture(kind, orientation, exp
     assert (width, height) == expected
     pixels = decode(file.getvalue(), 3, 4, "random", "white")
     assert (pixels.shape[1], pixels.shape[0]) == expected
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
+def test_a_picture_is_opened_and_its_pixels_read_once(kind, monkeypatch):
+    """A PNG's orientation is known once it is loaded: asking for it apart from decoding would decode it again."""
+    data, opened, open_ = encoded(Image.new("RGB", (6, 4)), kind), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **options: opened.append(args) or open_(*args, **options))
+    row = loading._decode_row(
+        {"bytes": data, "path": None}, (), channels=3, resolution=4, crop="center", background="white"
+    )
+    assert (row["original_width"], row["original_height"], len(opened)) == (6, 4, 1)
