@@ -80,7 +80,12 @@ def plan(
             "output": config.output_dir,
         },
     )
-    surprises = layout_dependence(layout_dependent_layers(kind.network)), unguided(config, kind), untold(config, kind)
+    surprises = (
+        layout_dependence(layout_dependent_layers(kind.network)),
+        unguided(config, kind),
+        untold(config, kind),
+        unused_negative(config),
+    )
     return "\n".join([rows, *filter(None, surprises)])
 
 
@@ -149,6 +154,13 @@ def untold(config: Config, kind: Kind) -> str | None:
     if kind.conditional or dropout in (0, default):
         return None
     return "Note: training.condition_dropout has no effect: the model is told neither classes nor captions"
+
+
+def unused_negative(config: Config) -> str | None:
+    """Warning text for a negative prompt of samples that are not guided, if that is so."""
+    if config.samples.negative_prompt is None or set(config.samples.guidance_scales) != {1.0}:
+        return None
+    return "Note: samples.negative_prompt has no effect: samples.guidance_scale is 1, which is no guidance"
 
 
 def layout_dependence(layers: list[str]) -> str | None:

@@ -12,6 +12,7 @@ from finetune.core.batch import BatchLayout
 from finetune.core.errors import UserError
 from finetune.models.load import load_kind
 from finetune.run.plan import plan as printed
+from finetune.run.plan import unused_negative
 from harness.configs import UNET, tiny_config
 
 
@@ -83,3 +84,16 @@ def test_a_dropout_of_conditions_that_there_are_none_of_is_noted():
     assert note in plan(config_of(training__condition_dropout=0.3))
     for harmless in (config_of(), config_of(training__condition_dropout=0.0)):
         assert note not in plan(harmless)
+
+
+def test_a_negative_prompt_without_guidance_is_noted():
+    def note(**samples):
+        return unused_negative(config_of(samples=samples))
+
+    assert note(negative_prompt="blurred") == (
+        "Note: samples.negative_prompt has no effect: samples.guidance_scale is 1, which is no guidance"
+    )
+    assert note(negative_prompt="blurred", guidance_scale=[1.0, 1.0]) is not None
+    for used in ({"guidance_scale": 3.0}, {"guidance_scale": [1.0, 3.0]}, {"guidance_scale": 0.0}):
+        assert note(negative_prompt="blurred", **used) is None
+    assert note() is None
