@@ -61,8 +61,8 @@ class OptimizerConfig(Section):
     """AdamW's decay rates of the first and second moment, per update."""
     weight_decay: NonNegative = 0.01
     """AdamW's weight decay: each update shrinks the weights by learning_rate x weight_decay."""
-    eps: NonNegative = 1e-8
-    """AdamW's term in the denominator, for numerical stability."""
+    eps: Positive = 1e-8
+    """AdamW's term in the denominator, without which a weight that has had no gradient yet becomes 0 / 0."""
 
 
 class LRSchedulerConfig(Section):

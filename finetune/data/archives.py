@@ -52,6 +52,7 @@ def _rows(file: str) -> Iterator[Row]:
         with tarfile.open(file) as archive:
             for member in archive:
                 if not member.isfile():
+                    _refuse_lost_link(file, member)
                     continue
                 name, kind = base_plus_ext(member.name)
                 if name is None:
@@ -140,6 +141,14 @@ def _refuse_lost_picture(file: str, archive: tarfile.TarFile, member: tarfile.Ta
         f"data.source: {file}: found the picture {member.name!r}, which would be left out; expected an extension, as "
         "in 0001.jpg"
     )
+
+
+def _refuse_lost_link(file: str, member: tarfile.TarInfo) -> None:
+    if (member.issym() or member.islnk()) and base_plus_ext(member.name)[0] is not None:
+        raise UserError(
+            f"data.source: {file}: found {member.name!r}, a link to {member.linkname!r}, which would be left out; pack "
+            "the files themselves (tar --dereference --hard-dereference)"
+        )
 
 
 def _named(files: list[str]) -> str:

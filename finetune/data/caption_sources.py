@@ -1,6 +1,7 @@
 """Where captions come from: a column, text files beside the pictures, or one caption for all."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def _found_column(dataset: datasets.Dataset) -> str | None:
 def _holds_texts(dataset: datasets.Dataset, column: str) -> bool:
     kind = _kind(dataset, column)
     kind = getattr(kind, "feature", kind)  # of a list
-    return isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
+    return isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string", "string_view")
 
 
 def _kind(dataset: datasets.Dataset, column: str) -> Any:
@@ -114,7 +115,9 @@ def _from_file(picture: str | None, folders: Sequence[str]) -> list[str]:
         raise _unusable(file, f"has a byte at {error.start} that is not UTF-8; expected UTF-8: save it so") from None
     if len(content) > LONGEST:
         raise _unusable(file, f"has more than {LONGEST:,} bytes; expected captions, one a line")
-    return _cleaned(text.splitlines())
+    if "\0" in text:  # of UTF-16 without a byte order mark every second byte is one
+        raise _unusable(file, f"has a zero byte at {content.index(0)}, which no text in UTF-8 has: save it as UTF-8")
+    return _cleaned(re.split(r"\r\n?|\n", text))  # not `splitlines`, which also cuts at what is pasted from the web
 
 
 def _unusable(file: str, problem: str) -> UserError:

@@ -3,9 +3,11 @@
 import functools
 import io
 
+import numpy as np
 from PIL import Image, ImageCms
 
 SRGB = ImageCms.createProfile("sRGB")
+ROUNDING = 3  # levels of 255 by which a profile of sRGB may differ from another
 
 
 def in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -33,9 +35,22 @@ def _colour_space(profile: bytes) -> str | None:
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         is_srgb = ImageCms.getProfileDescription(opened).startswith("sRGB")
-        return None if is_srgb else opened.profile.xcolor_space.strip()
+        space: str = opened.profile.xcolor_space.strip()
     except (ImageCms.PyCMSError, OSError, TypeError):
         return None
+    return None if is_srgb and _changes_little(profile, space) else space
+
+
+@functools.lru_cache(maxsize=64)
+def _changes_little(profile: bytes, space: str) -> bool:
+    """Whether a profile that is named sRGB is sRGB; some of that name are of linear light or of wider colours."""
+    convert = _transform(profile, "RGB") if space == "RGB" else None
+    if convert is None:
+        return space == "RGB"
+    levels = np.arange(0, 256, 17, dtype=np.uint8)
+    grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(16, 256, 3)
+    converted = np.asarray(convert.apply(Image.fromarray(grid)), dtype=int)
+    return bool(np.abs(converted - grid).max() <= ROUNDING)
 
 
 @functools.lru_cache(maxsize=64)

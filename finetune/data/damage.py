@@ -54,7 +54,8 @@ def check_metadata(file: str) -> None:
         )
     if not any(re.fullmatch("(.*_)?file_names?", name) for name in columns):
         found = ", ".join(map(repr, columns[:10]))
-        raise UserError(f"data.source: {file}: found the columns {found}; expected file_name among them")
+        between = ", with commas between them" if file.lower().endswith(".csv") and len(columns) == 1 else ""
+        raise UserError(f"data.source: {file}: found the columns {found}; expected file_name among them{between}")
 
 
 def _columns_and_rows(file: str) -> tuple[list[str], int]:

@@ -21,7 +21,7 @@ from finetune.core.errors import UserError
 from finetune.core.shapes import Shape, covering, nearest
 from finetune.data.colour import in_srgb
 from finetune.data.colour_tags import profile_of
-from finetune.data.formats import FORMATS, head_of, why_unreadable
+from finetune.data.formats import FORMATS, ends_in_zeros, head_of, why_unreadable
 from finetune.data.pixels import BadImageError, Original
 from finetune.data.samples import (
     Depth,
@@ -47,11 +47,13 @@ def check_format(channels: int, background: str) -> None:
     if channels not in MODES:
         raise UserError(f"model: found a network of {channels} input channels; expected 1 (grey), 3 (RGB) or 4 (RGBA)")
     try:
-        ImageColor.getcolor(background, "RGB")
+        opaque = len(ImageColor.getrgb(background)) == 3
     except ValueError:
+        opaque = False
+    if not opaque:
         raise UserError(
             f"data.background: found {background!r}; expected a colour such as white, '#ff8000' or 'rgb(255, 128, 0)'"
-        ) from None
+        )
 
 
 @contextmanager
@@ -62,23 +64,12 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def original(source: bytes | str) -> Original:
-    """Size, once it is upright, and colour of a picture that `decode` accepts, by its header."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
-        several = _has_several(file)
-        to_full_page(file)
-        grey = file.mode in GREY_MODES or file.mode.startswith(("I", "F")) or _raw_mode(file).startswith("LA")
-        size = file.size[::-1] if _lies_on_its_side(file) else file.size  # loads a PNG
-        return Original(*size, colour=not grey, several=several)
-
-
 class Decoded(NamedTuple):
     """A picture as pixels."""
 
     pixels: npt.NDArray[np.uint8]  # (H, W, C)
     shape: Shape  # what is trained of it: all, or less where crops are random
-    width: int  # before it was resized, upright
-    height: int
+    original: Original  # before it was resized, upright
 
 
 def decode(source: bytes | str, channels: int, resolution: int, crop: str, background: str) -> npt.NDArray[np.uint8]:
@@ -111,11 +102,14 @@ def decode_to_shape(source: bytes | str, channels: int, shapes: Sequence[Shape],
 
 def _decode(source: bytes | str, channels: int, shapes: Sequence[Shape], crop: str, background: str) -> Decoded:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
+        several = _has_several(file)
         to_full_page(file)
         width, height = file.size
+        if file.format in DRAFTED and ends_in_zeros(source):  # libjpeg would fill the rest with grey, in silence
+            raise BadImageError("is damaged or cut off: it ends in zeros")
         if min(width, height) < 2:
             raise BadImageError(f"is {width} x {height} pixels, expected at least 2 a side")
-        transparency, depth = _transparency(file), depth_of(file, source)
+        transparency, depth, colour = _transparency(file), depth_of(file, source), not _is_grey(file)
         profile = profile_of(file, source)  # a TIFF's EXIF is out of reach once it is loaded
         if file.format not in DRAFTED:
             file.load()  # now a TIFF is upright, and a PNG's EXIF tag known
@@ -139,7 +133,8 @@ def _decode(source: bytes | str, channels: int, shapes: Sequence[Shape], crop: s
         canvas = Image.new("RGBA", image.size, ImageColor.getcolor(background, "RGB"))
         image = Image.alpha_composite(canvas, image).convert("RGB")
     pixels = np.asarray(image.convert(MODES[channels]))
-    return Decoded(pixels.reshape(*pixels.shape[:2], channels), shape, *upright)
+    original = Original(*upright, colour, several)
+    return Decoded(pixels.reshape(*pixels.shape[:2], channels), shape, original)
 
 
 def _transparency(file: Image.Image) -> Any:
@@ -150,6 +145,11 @@ def _transparency(file: Image.Image) -> Any:
     if isinstance(colour, tuple) and raw_mode == "RGB;16B":
         return tuple(sample >> 8 for sample in colour)
     return colour
+
+
+def _is_grey(file: Image.Image) -> bool:
+    """Whether a picture that is not loaded yet holds no colours, of whatever depth."""
+    return file.mode in GREY_MODES or file.mode.startswith(("I", "F")) or _raw_mode(file).startswith("LA")
 
 
 def _raw_mode(file: Image.Image) -> str:

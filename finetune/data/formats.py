@@ -1,5 +1,6 @@
 """The formats of pictures that are read, and why a file is none of them, told by its first bytes."""
 
+import io
 import os
 
 from PIL import Image, UnidentifiedImageError
@@ -16,7 +17,7 @@ _BRANDS = {  # of ISO base media files (ISO/IEC 14496-12), which name their form
     b"hev": "a HEIC picture",
     b"mif1": "a HEIF picture",
     b"msf1": "a HEIF picture",
-    b"avi": "an AVIF picture, which this Pillow cannot decode",
+    b"avi": "an AVIF picture that is damaged or that this Pillow cannot decode",
     b"crx": "a camera's raw picture (CR3)",
     b"jpx": "a JPEG 2000 picture",
     b"": "a video",
@@ -34,7 +35,7 @@ _FIRST_BYTES = {
     b"FUJIFILMCCD-RAW": "a camera's raw picture (RAF)",
     b"%!PS": "a PostScript file",
     b"%PDF": "a PDF file",
-    b"RIFF": "a RIFF file, such as a WebP picture that this Pillow cannot decode, a video or sound",
+    b"RIFF": "a RIFF file, such as a WebP picture that is damaged or that this Pillow cannot decode, a video or sound",
     b"PK\x03\x04": "a zip archive",
     b"\x1f\x8b": "a gzip archive",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
@@ -93,3 +94,17 @@ def head_of(source: bytes | str) -> bytes:
         return source[:HEAD]
     with open(source, "rb") as file:
         return file.read(HEAD)
+
+
+def ends_in_zeros(source: bytes | str) -> bool:
+    """Whether a JPEG file ends in zeros and not in a marker of its end before them: room that was never written.
+
+    Cameras pad files with zeros too, but after the marker.
+    """
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - HEAD, 0))
+        if any(file.read()):
+            return False
+        file.seek(0)
+        return not file.read().rstrip(b"\0").endswith(b"\xff\xd9")

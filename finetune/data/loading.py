@@ -17,7 +17,7 @@ from finetune.data.cache import decoded
 from finetune.data.caption_sources import read_captions
 from finetune.data.changes import changes_to_shapes, changes_to_squares, first_frames
 from finetune.data.damage import is_pointer
-from finetune.data.decode import check_format, decode, decode_to_shape, original, quiet
+from finetune.data.decode import check_format, decode_to_shape, quiet
 from finetune.data.fetching import fetch_together
 from finetune.data.order import held_out
 from finetune.data.pixels import (
@@ -30,7 +30,7 @@ from finetune.data.pixels import (
     pixel_row,
     shaped_row,
 )
-from finetune.data.selection import Selection, select
+from finetune.data.selection import Selection, check_held_out, select
 from finetune.data.sources import Source, explained, open_source
 
 LISTED = 20  # bad images that an error or the plan names
@@ -81,6 +81,7 @@ def load_data(
         key = "caption" if config.caption else "caption_column"
         raise UserError(f"data.{key}: found {getattr(config, key)!r}; expected it with a text-to-image model only")
     source = open_source(config.source, output_dir, captioned)
+    check_held_out(source.splits, config)
     needed = image_format, labelled, captioned, shapes
     images = _load(source, config, config.split, "data.split", *needed)
     if config.validation_split is not None:
@@ -193,11 +194,12 @@ def _decode_row(image: dict[str, Any] | None, folders: tuple[str, ...], **option
         return error_row(str(error))
     try:
         if "shapes" in options:
-            shapes = [Shape(*sides) for sides in options["shapes"]]
-            made = decode_to_shape(encoded, **options | {"shapes": shapes})
-            size = original(encoded)._replace(width=made.width, height=made.height)
-            return shaped_row(made.pixels, size, made.shape)
-        return pixel_row(decode(encoded, **options), original(encoded))
+            shapes = [Shape(*sides) for sides in options.pop("shapes")]
+            made = decode_to_shape(encoded, shapes=shapes, **options)
+            return shaped_row(made.pixels, made.original, made.shape)
+        side = options.pop("resolution")
+        made = decode_to_shape(encoded, shapes=[Shape(side, side)], **options)
+        return pixel_row(made.pixels, made.original)
     except BadImageError as error:
         if is_pointer(encoded):
             return error_row("is a git-lfs pointer instead of the picture: run `git lfs pull` in its repository")

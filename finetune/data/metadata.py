@@ -33,7 +33,7 @@ def read_metadata(path: str, files: Sequence[str]) -> tuple[pa.Table, list[str]]
         The table, whose columns of pictures hold {"bytes", "path"}, and the names of these columns.
 
     Raises:
-        UserError: a file cannot be read, names pictures outside its folder, or a column holds values of several types.
+        UserError: a file cannot be read, names pictures outside `path`, or a column holds values of several types.
     """
     folders = [os.path.dirname(file) for file in files]
     for file, folder in zip(files, folders, strict=True):
@@ -45,7 +45,7 @@ def read_metadata(path: str, files: Sequence[str]) -> tuple[pa.Table, list[str]]
     for file in files:
         full = os.path.join(path, file)
         columns = READERS[os.path.splitext(file)[1].lower()](full)
-        tables.append((full, _with_pictures(columns, os.path.dirname(full), full)))
+        tables.append((full, _with_pictures(columns, path, full)))
     pictures = sorted({name for _, columns in tables for name in columns if isinstance(columns[name], Pictures)})
     merged: Columns = {name: [] for _, columns in tables for name in columns}
     texts = {name for name in merged if all(type(columns.get(name, Texts())) is Texts for _, columns in tables)}
@@ -74,20 +74,25 @@ class Pictures(list[Any]):
 
 def _read_csv(file: str) -> Columns:
     with open(file, encoding="utf-8-sig", newline="") as opened:
-        reader = csv.reader(opened, skipinitialspace=True)
-        rows = ((reader.line_num, row) for row in reader if row)
-        _, names = next(rows)
-        columns: Columns = {name.strip(): Texts() for name in names}
-        if len(columns) < len(names):
-            raise UserError(f"data.source: {file}: found the columns {', '.join(names)}; expected a name for each")
-        for line, row in rows:
-            if len(row) != len(names):
-                raise UserError(
-                    f"data.source: {file}: line {line}: found {len(row)} values; expected {len(names)}, one for each "
-                    "column (a comma inside a value needs quotes around it)"
-                )
-            for values, value in zip(columns.values(), row, strict=True):
-                values.append(value or None)
+        reader = csv.reader(opened, skipinitialspace=True, strict=True)
+        try:
+            rows = [(reader.line_num, row) for row in reader if row]
+        except csv.Error as error:  # a quote without its end would take the rows after it into one value
+            raise _broken(file, reader.line_num, f"{error} (a quote that is opened has to be closed)") from None
+    _, names = rows.pop(0)
+    columns: Columns = {name.strip(): Texts() for name in names}
+    if len(columns) < len(names):
+        raise UserError(f"data.source: {file}: found the columns {', '.join(names)}; expected a name for each")
+    for line, row in rows:
+        if len(row) != len(names):
+            raise _broken(
+                file,
+                line,
+                f"found {len(row)} values; expected {len(names)}, one for each column (a comma inside a value needs "
+                "quotes around it)",
+            )
+        for values, value in zip(columns.values(), row, strict=True):
+            values.append(value or None)
     return columns
 
 
@@ -97,13 +102,26 @@ def _read_jsonl(file: str) -> Columns:
         for number, line in enumerate(opened, 1):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=_mapping)
                 except ValueError as error:
-                    raise UserError(f"data.source: {file}: line {number}: {first_line(error)}") from None
+                    raise _broken(file, number, first_line(error)) from None
                 if not isinstance(row, dict):
-                    raise UserError(f"data.source: {file}: line {number}: expected a mapping, {{...}}")
+                    raise _broken(file, number, "expected a mapping, {...}")
                 rows.append(row)
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON, whose keys may not repeat: Python would take the last, in silence."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"found the key {next(name for name in names if names.count(name) > 1)!r} twice; expected one")
+    return mapping
+
+
+def _broken(file: str, line: int, problem: str) -> UserError:
+    return UserError(f"data.source: {file}: line {line}: {problem}")
 
 
 def _read_parquet(file: str) -> Columns:
@@ -114,24 +132,37 @@ def _read_parquet(file: str) -> Columns:
 READERS: dict[str, Callable[[str], Columns]] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _with_pictures(columns: Columns, folder: str, file: str) -> Columns:
+def _with_pictures(columns: Columns, root: str, file: str) -> Columns:
     """The columns named file_name and x_file_name as pictures, named image and x."""
     found: Columns = {}
     for name, values in columns.items():
         if (match := PICTURE_NAME.fullmatch(name)) is None:
             found.setdefault(name, values)
         else:
-            found[match[1] or "image"] = Pictures(_picture(value, folder, file) for value in values)
+            found[match[1] or "image"] = Pictures(_picture(value, root, file) for value in values)
     return found
 
 
-def _picture(value: Any, folder: str, file: str) -> dict[str, Any] | None:
+def _picture(value: Any, root: str, file: str) -> dict[str, Any] | None:
+    """What a column of pictures holds for the name of a file: one relative to the metadata file, or a full path."""
     if value is None:
         return None
-    name = os.path.normpath(str(value).replace("\\", "/"))
-    if not isinstance(value, str) or "://" in value or os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
-        raise UserError(f"data.source: {file}: found the file_name {value!r}; expected a name inside its folder")
-    return {"bytes": None, "path": os.path.join(folder, name)}
+    path = None
+    if isinstance(value, str) and "://" not in value:
+        path = _inside(root, os.path.normpath(os.path.join(os.path.dirname(file), value.replace("\\", "/"))))
+    if path is None:
+        raise UserError(f"data.source: {file}: found the file_name {value!r}; expected a name inside {root}")
+    return {"bytes": None, "path": path}
+
+
+def _inside(root: str, path: str) -> str | None:
+    """A path as one below `root`, which may also be reached by another name, through links; None if it is outside."""
+    below = root.rstrip(os.sep) + os.sep
+    if path.startswith(below):
+        return path
+    real, name = os.path.split(path)
+    real, below = os.path.join(os.path.realpath(real), name), os.path.join(os.path.realpath(root), "")
+    return os.path.join(root, real.removeprefix(below)) if real.startswith(below) else None
 
 
 def _array(name: str, values: list[Any], texts: bool, files: Sequence[str]) -> pa.Array:
@@ -154,7 +185,7 @@ def _array(name: str, values: list[Any], texts: bool, files: Sequence[str]) -> p
         )
     try:
         return pa.array(values)
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         raise UserError(
             f"data.source: {name!r} of {', '.join(files[:3])} cannot be read: {first_line(error)}"
         ) from None

@@ -17,7 +17,7 @@ from finetune.core.shapes import Shape
 from finetune.data.captions import Captions
 from finetune.data.order import Indices
 
-FORMAT = 5  # of cached rows: bump it when decoding changes
+FORMAT = 6  # of cached rows: bump it when decoding changes
 FEATURES = datasets.Features(
     pixels=datasets.Value("large_binary"),  # channels x height x width bytes; none of a bad picture
     height=datasets.Value("int32"),

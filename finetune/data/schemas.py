@@ -16,6 +16,7 @@ TYPES: dict[str, Callable[[pa.DataType], bool]] = {
     "texts": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
     "true or false": pa.types.is_boolean,
 }
+NOTHING = "missing values alone"
 
 
 def with_rows(files: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -35,6 +36,7 @@ def with_rows(files: dict[str, list[str]]) -> dict[str, list[str]]:
 def check_schemas(files: list[str]) -> None:
     """Raises UserError if files call different things by one name: types of values, or classes in another order."""
     found: dict[str, tuple[str, str]] = {}
+    seen: set[str] = set()
     for file in files:
         schema = _schema(file)
         for field in schema:
@@ -42,6 +44,12 @@ def check_schemas(files: list[str]) -> None:
             feature = datasets.Features.from_arrow_schema(schema)[field.name]
             if isinstance(feature, datasets.ClassLabel):
                 meaning = f"the classes {', '.join(feature.names[:20])}"
+            # The first file's type is taken for all, and nothing can be read as a type of no values.
+            if pa.types.is_null(field.type) and field.name not in seen:
+                meaning = NOTHING
+            elif found.get(field.name, ("", ""))[0] == NOTHING and not pa.types.is_null(field.type):
+                meaning = meaning or f"values of type {field.type}"
+            seen.add(field.name)
             if meaning is None:
                 continue
             known, other = found.setdefault(field.name, (meaning, file))
@@ -108,7 +116,7 @@ def _rows(file: str) -> int:
 
 
 def _schema(file: str) -> pa.Schema:
-    if file.endswith(".parquet"):
+    if file.lower().endswith(".parquet"):
         return pq.read_schema(file)
     with pa.memory_map(file) as source:
         try:

@@ -9,7 +9,8 @@ import numpy as np
 from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
 
-LABEL_TYPES = re.compile(r"u?int\d+|bool|(large_)?string")
+LABEL_TYPES = re.compile(r"u?int\d+|bool|(large_)?string(_view)?")
+Range = tuple[str, int, int]  # rows of a split: its name, the first, and the one after the last
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,50 @@ def select(splits: dict[str, datasets.Dataset], config: DataConfig, split: str, 
     return Selection(encoded, column, rows, labels, names)
 
 
+def check_held_out(splits: dict[str, datasets.Dataset], config: DataConfig) -> None:
+    """Raises UserError if rows of `data.validation_split` are among those to train on."""
+    if config.validation_split is None:
+        return
+    key = "data.validation_split"
+    trained = _ranges(splits, config.split, "data.split", config.source)
+    held = _ranges(splits, config.validation_split, key, config.source)
+    both = _common(trained, held)
+    if both:
+        raise UserError(
+            f"{key}: found {config.validation_split!r}, which has {both} rows in common with data.split "
+            f"{config.split!r}; expected rows that are not trained on"
+        )
+
+
 def _part(splits: dict[str, datasets.Dataset], spec: str, key: str, source: str) -> datasets.Dataset:
     """A split by its name, or part of it in the notation of `datasets`: `train[:1000]`, `train[10%:]`, `train+test`."""
     if spec in splits:
         return splits[spec]
+    ranges = [(name, start, stop) for name, start, stop in _ranges(splits, spec, key, source) if start < stop]
+    if not ranges:
+        raise UserError(f"{key}: found no images in {spec!r} of {source}; expected at least one")
+    twice = sum(_common([one], ranges[number:]) for number, one in enumerate(ranges, 1))
+    if twice:
+        raise UserError(f"{key}: found {spec!r}, which names {twice} rows twice; expected each once")
+    return datasets.concatenate_datasets([splits[name].select(range(start, stop)) for name, start, stop in ranges])
+
+
+def _ranges(splits: dict[str, datasets.Dataset], spec: str, key: str, source: str) -> list[Range]:
+    """The rows that a split's name or the notation of `datasets` means."""
+    lengths = {name: len(split) for name, split in splits.items()}
+    if spec in splits:
+        return [(spec, 0, lengths[spec])]
     try:
-        lengths = {name: len(split) for name, split in splits.items()}
         pieces = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
-        ranges = [(splits[piece.splitname], piece.from_, piece.to) for piece in pieces]
-        return datasets.concatenate_datasets(
-            [split.select(range(start or 0, len(split) if stop is None else stop)) for split, start, stop in ranges]
-        )
     except (AssertionError, ValueError):
         raise UserError(f"{key}: found {spec!r}; expected a split of {source}, which has {', '.join(splits)}") from None
+    return [(piece.splitname, *slice(piece.from_, piece.to).indices(lengths[piece.splitname])[:2]) for piece in pieces]
+
+
+def _common(some: list[Range], others: list[Range]) -> int:
+    """How many rows are in both."""
+    pairs = ((one, other) for one in some for other in others if one[0] == other[0])
+    return sum(max(0, min(one[2], other[2]) - max(one[1], other[1])) for one, other in pairs)
 
 
 def _image_column(dataset: datasets.Dataset, config: DataConfig) -> str:
@@ -85,10 +117,13 @@ def _labels(dataset: datasets.Dataset, config: DataConfig) -> tuple[np.ndarray |
     kind = dataset.features.get(column)
     if isinstance(kind, datasets.ClassLabel) or (isinstance(kind, datasets.Value) and LABEL_TYPES.match(kind.dtype)):
         values, names = dataset[column][:], getattr(kind, "names", None)
-        if kind.dtype.endswith("string"):
-            names = sorted({value for value in values if value is not None})
+        if names is None and "string" in kind.dtype:
+            values = [(value or "").strip() for value in values]  # blanks are no label, nor part of one
+            names = sorted({value for value in values if value})
             codes = {name: code for code, name in enumerate(names)}
             values = [codes.get(value) for value in values]
+        if (most := max((value for value in values if value is not None), default=0)) >= 2**63:
+            raise UserError(f"data.label_column: found {most} in {column!r} of {config.source}; expected below 2^63")
         labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
         if names is not None and labels.max(initial=-1) >= len(names):
             raise UserError(

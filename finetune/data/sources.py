@@ -28,10 +28,9 @@ from finetune.data.damage import check_files
 from finetune.data.fetching import fetch
 from finetune.data.listing import READERS, by_kind, check_output, list_folder, printable
 from finetune.data.remote import is_url, list_shards
+from finetune.data.splits import missing_shards, split_notes, splits_of
 from finetune.data.tables import build, build_described, build_pictures, build_tables, naming
 
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
-SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 NUMBERS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 EXPECTED = "expected digits, a folder of pictures, a saved dataset, .parquet, .arrow or .tar files"
 EXPECTED += " or a URL of such, or a hub id"
@@ -130,9 +129,11 @@ def _open_url(source: str) -> Source:
     shards, notes = list_shards(source)
     fetch(source, shards)
     paths, reader = {shard.relative: shard.path for shard in shards}, shards[0].reader
-    splits = {split: [paths[name] for name in part] for split, part in _splits([*paths], reader, []).items()}
+    splits = {split: [paths[name] for name in part] for split, part in splits_of([*paths], reader, []).items()}
     counts = ", ".join(f"{len(part)} in {split}" for split, part in splits.items())
-    return Source(build_tables(reader, splits), notes=[f"found {by_kind(paths)}: {counts}", *notes])
+    return Source(
+        build_tables(reader, splits), notes=[f"found {by_kind(paths)}: {counts}", *missing_shards(paths), *notes]
+    )
 
 
 def _digits() -> datasets.Dataset:
@@ -183,11 +184,12 @@ def _open_folder(path: str, output_dir: str | None, captioned: bool) -> Source:
         )
     ((reader, files),) = listing.files.items()
     noun = ("picture" if reader == "imagefolder" else "file") + "s" * (len(files) != 1)
-    by_split = _splits(files, reader, listing.metadata) if splits is None else _known(splits, set(files))
+    by_split = splits_of(files, reader, listing.metadata) if splits is None else _known(splits, set(files))
     counts = (
         "; " + ", ".join(f"{len(part)} in {split}" for split, part in by_split.items()) if len(by_split) > 1 else ""
     )
-    notes = [f"found {len(files)} {noun}: {by_kind(files)}{counts}", *options.notes(), *listing.notes]
+    about = split_notes(files, by_split) if reader == "imagefolder" else missing_shards(files)
+    notes = [f"found {len(files)} {noun}: {by_kind(files)}{counts}", *about, *options.notes(), *listing.notes]
     if reader == "arrow":
         _refuse_saved_inside(path, files)
     if reader != "imagefolder":
@@ -220,23 +222,5 @@ def _saved(path: str) -> dict[str, datasets.Dataset]:
     return {name: split.with_format(None) if split.format["type"] else split for name, split in splits.items()}
 
 
-def _splits(files: list[str], reader: str, metadata: list[str]) -> dict[str, list[str]]:
-    """The files of each split, as their names tell."""
-    names = [_split_of(file, reader) for file in files]
-    if None in names or any(os.sep not in file for file in metadata):
-        return {"train": files}
-    by_split: dict[str, list[str]] = {}
-    for file, name in zip(files, names, strict=True):
-        by_split.setdefault(name or "train", []).append(file)
-    return by_split
-
-
 def _known(splits: dict[str, list[str]], known: set[str]) -> dict[str, list[str]]:
     return {split: sorted(found) for split, files in splits.items() if (found := known.intersection(files))}
-
-
-def _split_of(file: str, reader: str) -> str | None:
-    """`train` for train/x.jpg and data/train-00000-of-00002.parquet; for pictures only the topmost folder counts."""
-    *folders, name = file.split(os.sep)
-    words = folders[:1] if reader == "imagefolder" else [*folders, re.split(r"[^a-zA-Z]", name)[0]]
-    return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), None)

@@ -18,6 +18,7 @@ from finetune.data.damage import broken_table, check_files, check_metadata
 from finetune.data.listing import EXAMPLES, by_kind
 from finetune.data.metadata import read_metadata
 from finetune.data.schemas import check_schemas, named_classes, with_classes, with_rows
+from finetune.data.splits import split_depth
 
 Classes = Mapping[str, datasets.ClassLabel]
 
@@ -33,9 +34,21 @@ def build(name: str, **options: Any) -> dict[str, datasets.Dataset]:
     is_partial = bool(classes) and not any(isinstance(kind, datasets.Image) for kind in described.values())
     if is_partial:
         builder.info.features = None
+    if builder.name == "webdataset":
+        splits_of_archives = [*_archives(builder).values()]
+        # `datasets` takes the columns from the last split.
+        check_archives([file for files in splits_of_archives for file in files], first=splits_of_archives[-1][0])
     builder.download_and_prepare()
     splits: dict[str, datasets.Dataset] = builder.as_dataset()
     return {split: named_classes(table, classes, name) for split, table in splits.items()} if is_partial else splits
+
+
+def _archives(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
+    """The tar files of a builder by split, on this machine: those of a hub are downloaded, once."""
+    options = datasets.DownloadConfig(cache_dir=builder._cache_downloaded_dir, use_etag=False, token=builder.token)
+    manager = datasets.DownloadManager(dataset_name=builder.dataset_name, download_config=options)
+    files: dict[str, list[str]] = manager.download(builder.config.data_files)
+    return files
 
 
 def build_tables(
@@ -50,8 +63,6 @@ def build_tables(
     if reader == "parquet":
         files = with_rows(files)
     paths = [file for split in files.values() for file in split]
-    if reader == "webdataset":
-        check_archives(paths, first=[*files.values()][-1][0])  # `datasets` takes the columns from the last split
     patterns = {split: [glob.escape(file) for file in paths] for split, paths in files.items()}
     try:
         if reader in ("parquet", "arrow"):
@@ -75,6 +86,8 @@ def build_tables(
 def build_pictures(path: str, splits: dict[str, list[str]], drop_labels: bool | None) -> dict[str, datasets.Dataset]:
     """What `imagefolder` makes of pictures without metadata: paths, and their folders as labels if all are as deep.
 
+    Folders of splits are no labels.
+
     It would itself take 0.2 ms a picture, at every start, to see whether any has changed; this takes a tenth of that.
 
     Args:
@@ -83,7 +96,9 @@ def build_pictures(path: str, splits: dict[str, list[str]], drop_labels: bool | 
     everything = [file for files in splits.values() for file in files]
     classes = {file: os.path.basename(os.path.dirname(os.path.join(path, file))) for file in everything}
     label = datasets.ClassLabel(names=sorted(set(classes.values())))
-    labelled = label.num_classes > 1 and len({file.count(os.sep) for file in classes}) == 1
+    depths, depth = {file.count(os.sep) for file in classes}, split_depth(everything)
+    is_split = depth is not None and depths == {depth + 1}  # the folder that a picture lies in
+    labelled = label.num_classes > 1 and len(depths) == 1 and not is_split
     if drop_labels is not None:
         labelled = not drop_labels
     features = datasets.Features({"image": datasets.Image(decode=False)} | ({"label": label} if labelled else {}))
@@ -110,12 +125,15 @@ def build_described(
     for file in metadata:
         check_metadata(os.path.join(path, file))
     tables = {}
+    depth = split_depth([file for files in splits.values() for file in files]) or 0
     for split, files in splits.items():
-        folders = {file.split(os.sep)[0] for file in files}
+        folders = {(*file.split(os.sep)[: depth + 1],) for file in files}
         if explicit:
             described = [file for file in metadata if file in files]
         else:
-            described = [file for file in metadata if len(splits) == 1 or file.split(os.sep)[0] in folders]
+            described = [
+                file for file in metadata if len(splits) == 1 or (*file.split(os.sep)[: depth + 1],) in folders
+            ]
         if described:
             tables[split] = _described(path, described, classes)
     return tables

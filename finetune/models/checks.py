@@ -1,4 +1,8 @@
-"""Whether a network can be trained as it is: what it makes of a batch's shapes, and whether that is finite."""
+"""Whether a model can be trained as it is: its settings, the shapes of its output, and whether that is finite."""
+
+import inspect
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin
@@ -6,6 +10,52 @@ from diffusers import DDPMScheduler, ModelMixin
 from finetune.core.errors import UserError, first_line
 from finetune.core.failures import is_out_of_memory
 from finetune.core.kind import Arguments
+
+SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+
+
+def check_settings(section: str, given: dict[str, Any], model_class: type) -> None:
+    """Settings of a class of diffusers, which takes any value: `no`, a text in YAML 1.2, would count as true.
+
+    Raises:
+        UserError: a line for each key that is no setting, with the nearest one or all that there are, and for each
+            value of another type than the class declares.
+    """
+    known = list(inspect.signature(model_class).parameters)
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        near = {key: get_close_matches(str(key), known, 1) for key in unknown}
+        raise UserError(
+            *(
+                f"{section}.{key}: {model_class.__name__} has no such setting; "
+                + (f"did you mean {near[key][0]}?" if near[key] else f"it has {', '.join(known)}")
+                for key in unknown
+            )
+        )
+    types = {key: _alternatives(kind) for key, kind in get_type_hints(vars(model_class)["__init__"]).items()}
+    problems = [
+        f"{section}.{key}: found {value!r}; expected "
+        + " or ".join(dict.fromkeys(SCALARS.get(kind, "a list") for kind in types[key]))
+        for key, value in given.items()
+        if not _fits(value, types[key])
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def _alternatives(declared: Any) -> list[Any]:
+    """The types that a setting may have: those of SCALARS, and any other for lists, whose content is not looked at."""
+    if get_origin(declared) is Literal:
+        return [str]
+    if declared in SCALARS or get_origin(declared) in (list, tuple):
+        return [declared]
+    return list(get_args(declared)) or [declared]
+
+
+def _fits(value: Any, kinds: list[Any]) -> bool:
+    if type(value) not in SCALARS:
+        return any(kind not in SCALARS for kind in kinds)
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def check_forward(shapes: ModelMixin, clean: torch.Tensor, conditions: Arguments, problem: str) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -106,21 +105,6 @@ def read_json(file: Path, name: str, expected: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"model.pretrained: {name}: {file.name} holds no mapping; expected {expected}")
     return content
-
-
-def check_keys(section: str, given: dict[str, Any], model_class: type) -> None:
-    """Raises UserError for keys that are not settings of a class, with the nearest one or all that there are."""
-    known = list(inspect.signature(model_class).parameters)
-    unknown = [key for key in given if key not in known]
-    if unknown:
-        near = {key: get_close_matches(str(key), known, 1) for key in unknown}
-        raise UserError(
-            *(
-                f"{section}.{key}: {model_class.__name__} has no such setting; "
-                + (f"did you mean {near[key][0]}?" if near[key] else f"it has {', '.join(known)}")
-                for key in unknown
-            )
-        )
 
 
 def save_export(save: Callable[[Path], None], folder: Path, card: str, pictures: list[Path]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from diffusers import DDPMScheduler
 
 from finetune.core.errors import UserError, first_line
-from finetune.models.hub import check_keys
+from finetune.models.checks import check_settings
 
 # At the same betas, each of these shows the network sqrt(alpha) x + sqrt(1 - alpha) noise; they differ in how they
 # sample. EDM's scales what the network sees and predicts by sigma_data.
@@ -64,7 +64,7 @@ def build_noise_scheduler(pretrained: dict[str, Any], overrides: dict[str, Any])
     Raises:
         UserError: if there is no such scheduler, or its noise levels cannot be trained.
     """
-    check_keys("model.noise_scheduler", overrides, DDPMScheduler)
+    check_settings("model.noise_scheduler", overrides, DDPMScheduler)
     try:
         noise_scheduler = DDPMScheduler.from_config({**pretrained, **overrides})
     except Exception as error:

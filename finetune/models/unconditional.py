@@ -10,8 +10,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from finetune.config.inputs import ModelConfig
 from finetune.core.kind import Arguments, Batch, Encoders, ImageFormat
 from finetune.core.shapes import Shape
-from finetune.models.checks import check_finite, check_forward
-from finetune.models.hub import check_keys, variant, write_pipeline
+from finetune.models.checks import check_finite, check_forward, check_settings
+from finetune.models.hub import variant, write_pipeline
 from finetune.models.noise_schedulers import build_noise_scheduler
 from finetune.models.unet import (
     blocks,
@@ -148,7 +148,7 @@ class UnconditionalOutline:
             where = f"model.pretrained: {self.pretrained.folder / 'config.json'}"
             unet = outline(UNet2DModel, self.pretrained.config, where)
         else:
-            check_keys("model.unet", config.unet or {}, UNet2DModel)
+            check_settings("model.unet", config.unet or {}, UNet2DModel)
             unet = outline(UNet2DModel, config.unet or {}, "model.unet")
         scheduler_config = self.pretrained.scheduler_config if self.pretrained else {}
         self.noise_scheduler = build_noise_scheduler(scheduler_config, config.noise_scheduler)

@@ -51,7 +51,8 @@ class Checkpoints:
 
         Raises:
             UserError: if the named one is not valid or training on from it would start a second line of checkpoints,
-                if none of those that exist is valid, or if `never` meets checkpoints.
+                if none of those that exist is valid or the newest has another step's name, or if `never` meets
+                checkpoints.
         """
         existing = list(self.by_step().values())
         if self.resume == "never":
@@ -75,6 +76,7 @@ class Checkpoints:
         for folder in folders:
             reason = checkpoint.flaw(folder)
             if reason is None:
+                _check_name(folder)
                 return folder
             warn(f"{folder} is skipped: {reason}")
             self.damaged.add(folder)
@@ -123,7 +125,7 @@ class Checkpoints:
     def remove_leftovers(self) -> None:
         """Delete what a killed process left half-written or half-deleted."""
         for leftover in self._leftovers():
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
 
     def _leftovers(self) -> list[Path]:
         return [*self.output_dir.glob(checkpoint.PARTIAL), *self.output_dir.glob(".checkpoint-*.pruned")]
@@ -140,4 +142,20 @@ def _delete(folder: Path) -> None:
     """Rename first so that a half-deleted checkpoint is never seen, then delete in a thread while training goes on."""
     with contextlib.suppress(OSError, RuntimeError):  # what cannot be deleted now is deleted at the next start
         pruned = folder.rename(folder.with_name(f".{folder.name}.pruned"))
-        threading.Thread(target=shutil.rmtree, args=(pruned,), kwargs={"ignore_errors": True}).start()
+        threading.Thread(target=_remove, args=(pruned,)).start()
+
+
+def _remove(folder: Path) -> None:
+    """Of a link the link alone: what it leads to lies where the user put it."""
+    with contextlib.suppress(OSError):
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_name(folder: Path) -> None:
+    """Raises UserError unless a valid checkpoint is named after its step, by which the newest is told."""
+    name = f"checkpoint-{checkpoint.step_of(folder)}"
+    if folder.name != name:
+        raise UserError(
+            f"output_dir: found the checkpoint {folder}, which is that of step {checkpoint.step_of(folder)}; rename it "
+            f"{name}, or move it elsewhere"
+        )

@@ -17,6 +17,23 @@ from finetune.core.groups import gathered, processes
 CACHE_SECONDS = 40.0  # NFS may keep what it knows of a folder for 30 s
 
 
+def check_folder(output_dir: Path) -> None:
+    """Raises UserError if a folder could not be created or written, as taking its `Lock` would. Creates nothing."""
+    path = output_dir.absolute()
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        problem = errno.EEXIST if existing == path else errno.ENOTDIR
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        problem = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
+    else:
+        return
+    raise _unwritable(output_dir, os.strerror(problem))
+
+
+def _unwritable(output_dir: Path, reason: str | None) -> UserError:
+    return UserError(f"output_dir: {output_dir}: cannot be written ({reason}); set a folder that can")
+
+
 class Lock:
     """An exclusive lock on a folder, created if need be; released by the OS when the process exits.
 
@@ -29,9 +46,7 @@ class Lock:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._file = open(output_dir / ".lock", "a+")  # noqa: SIM115 - open for the life of the run
         except OSError as error:
-            raise UserError(
-                f"output_dir: {output_dir}: cannot be written ({error.strerror}); set a folder that can"
-            ) from error
+            raise _unwritable(output_dir, error.strerror) from error
         try:
             # Not `flock`: data workers would inherit it, and keep it for seconds after a kill.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,6 +16,7 @@ from finetune.data.pixels import Images
 from finetune.run.report import table
 from finetune.run.state import Length
 from finetune.training.compute import has_bf16, with_prefix
+from finetune.training.optim import highest_rate
 from finetune.training.soundness import layout_dependent_layers
 
 _WINDOWS_COUNTED = 100  # of the first epoch, whose micro-steps the plan gives
@@ -75,12 +76,16 @@ def plan(
             "images)",
             "evaluation": _evaluation(config, length, num_held_out),
             "compute": f"{with_prefix(flops)}FLOP an image, forward and backward",
-            "learning rate": f"{config.optimizer.learning_rate:g}, {config.lr_scheduler.name}, "
-            f"{config.lr_scheduler.warmup_steps} updates of warm-up",
+            "learning rate": _learning_rate(config, length),
             "output": config.output_dir,
         },
     )
-    surprises = layout_dependence(layout_dependent_layers(kind.network)), unguided(config, kind), untold(config, kind)
+    surprises = (
+        layout_dependence(layout_dependent_layers(kind.network)),
+        unguided(config, kind),
+        untold(config, kind),
+        unused_negative(config),
+    )
     return "\n".join([rows, *filter(None, surprises)])
 
 
@@ -113,6 +118,13 @@ def shapes_note(images: Mapping[Shape, int], sampler: WindowSampler) -> str | No
     return f"{counts}\n{mean}"
 
 
+def _learning_rate(config: Config, length: Length) -> str:
+    peak, schedule = config.optimizer.learning_rate, config.lr_scheduler
+    highest = highest_rate(config.optimizer, schedule, length.total_steps)
+    reached = "" if highest > 0.999 * peak else f", never above {highest:.3g} in this run"
+    return f"{peak:g}, {schedule.name}, {schedule.warmup_steps} updates of warm-up{reached}"
+
+
 def _evaluation(config: Config, length: Length, num_held_out: int) -> str:
     validation, samples, parts = config.validation, config.samples, []
     if num_held_out:
@@ -142,6 +154,13 @@ def untold(config: Config, kind: Kind) -> str | None:
     if kind.conditional or dropout in (0, default):
         return None
     return "Note: training.condition_dropout has no effect: the model is told neither classes nor captions"
+
+
+def unused_negative(config: Config) -> str | None:
+    """Warning text for a negative prompt of samples that are not guided, if that is so."""
+    if config.samples.negative_prompt is None or set(config.samples.guidance_scales) != {1.0}:
+        return None
+    return "Note: samples.negative_prompt has no effect: samples.guidance_scale is 1, which is no guidance"
 
 
 def layout_dependence(layers: list[str]) -> str | None:

@@ -36,7 +36,8 @@ class History:
     def __init__(self, file: Path, step: int):
         """Keep the lines up to `step`; -1 starts empty."""
         self.file = file
-        kept = [line for line in self.read() if line["step"] <= step]
+        with writing(file):
+            kept = [line for line in self.read() if line["step"] <= step]
         with atomic(file) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         with writing(file):
@@ -47,15 +48,19 @@ class History:
             self._open.write(json.dumps({"step": step, **values}) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
+        """The lines, without those that are none of a run: cut short by a kill, whose step will be done again, or
+        damaged."""
         if not self.file.exists():
             return []
-        lines = []
-        for text in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:  # a kill cut the last line short; its step will be done again
-                break
-        return lines
+        return [line for text in self.file.read_bytes().split(b"\n") if (line := _metrics(text)) is not None]
+
+
+def _metrics(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 class Progress:

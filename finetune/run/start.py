@@ -23,7 +23,7 @@ from finetune.evaluation.evaluations import Evaluations
 from finetune.run import checkpoint, shards
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.evaluator import Evaluator
-from finetune.run.folder import Lock, require_shared
+from finetune.run.folder import Lock, check_folder, require_shared
 from finetune.run.report import Report
 from finetune.run.run import Run
 from finetune.run.state import Length, RunState, differences, identity
@@ -62,7 +62,7 @@ def find_start(
 
     Raises:
         UserError: if the checkpoint asked for is not valid, or of another run, or past the length asked for, or if
-            there is too little disk space.
+            the output folder cannot be written or there is too little disk space.
     """
     length = Length.of(config, num_images, layout.global_batch_size)
     own_identity = identity(config, data_fingerprint, kind, layout.global_batch_size)
@@ -74,6 +74,7 @@ def find_start(
         if folder is not None:
             step = _check_same_run(folder, own_identity, length)
         _check_room(config, kind, checkpoints, step, length.total_steps)
+        check_folder(checkpoints.output_dir)
         return folder, existing
 
     folder, existing = on_main_process(find)
@@ -87,7 +88,7 @@ def _check_same_run(folder: Path, own_identity: dict[str, Any], length: Length) 
         saved["identity"]["data"].setdefault("order", "full")  # of checkpoints from before there was another
         if changed := differences(saved["identity"], own_identity):
             raise UserError(
-                *(f"{folder} is of another run: {phrase}" for phrase in changed),
+                *(f"{folder} is of another run: {phrase}{_meaning(phrase)}" for phrase in changed),
                 "set another output_dir to start a new run, or the former values to resume this one",
             )
         step = RunState(**saved["state"]).step
@@ -98,6 +99,16 @@ def _check_same_run(folder: Path, own_identity: dict[str, Any], length: Length) 
             "another output_dir"
         )
     return step
+
+
+def _meaning(change: str) -> str:
+    """Of a changed hash what it is of."""
+    if not change.startswith("data.fingerprint:"):
+        return ""
+    return (
+        " (images were added, removed, changed or put in another order by their names, or other settings of data "
+        "choose, resize, describe or hold them out)"
+    )
 
 
 def _check_room(config: Config, kind: Kind, checkpoints: Checkpoints, step: int, total_steps: int) -> None:

@@ -51,3 +51,16 @@ def make_lr_scheduler(
         power=config.power,
         last_epoch=updates - 1,
     )
+
+
+def highest_rate(config: OptimizerConfig, schedule: LRSchedulerConfig, total_updates: int) -> float:
+    """The largest learning rate of a run's updates, at a thousand of them: a long warm-up may never reach the peak.
+
+    Raises:
+        UserError: as `make_lr_scheduler` does.
+    """
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
+    (factor,) = make_lr_scheduler(optimizer, schedule, total_updates).lr_lambdas
+    last = total_updates - 1
+    updates = {min(schedule.warmup_steps, last), last, *range(0, total_updates, -(-total_updates // 1000))}
+    return config.learning_rate * max(factor(update) for update in updates)

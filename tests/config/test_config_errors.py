@@ -239,7 +239,8 @@ BAD_VALUES = [
     ("optimizer.betas=[0.9, 1]", "found [0.9, 1]; expected a list of two numbers from 0 to below 1"),
     ("optimizer.betas=[a, b]", "found ['a', 'b']; expected a list of two numbers from 0 to below 1"),
     ("optimizer.weight_decay=.inf", "found inf; expected a number, 0 or more"),
-    ("optimizer.eps=1e999", "found inf; expected a number, 0 or more"),
+    ("optimizer.eps=1e999", "found inf; expected a number above 0"),
+    ("optimizer.eps=0", "found 0; expected a number above 0"),
     (
         "lr_scheduler.name=cosin",
         "found 'cosin'; expected constant or constant_with_warmup or piecewise_constant or ...",

@@ -126,3 +126,17 @@ def test_hidden_files_in_folders_of_a_tar_are_refused_by_name(tmp_path, name):
     line = problem(tar(tmp_path / "x.tar", files))
     assert line.startswith(f"data.source: {tmp_path}/x.tar: found the hidden file '{name}', which would become a row")
     assert rows(tar(tmp_path / "y.tar", {"./._0.png": b"", **PICTURES})) == 7  # without a folder it is passed over
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])  # tar stores the second name of a file as a link
+def test_links_in_a_tar_are_not_passed_over(tmp_path, kind):
+    path = tar(tmp_path / "x.tar", PICTURES)
+    for name, refused in (("LATEST", False), ("9.png", True)):
+        with tarfile.open(path, "a") as archive:
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "0.png"
+            archive.addfile(link)
+        if refused:
+            assert f"{path}: found '9.png', a link to '0.png', which would be left out; pack" in problem(path)
+        else:
+            assert rows(path) == 7

@@ -4,6 +4,8 @@ import json
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +58,31 @@ def test_text_files_beside_pictures_are_their_captions_one_a_line(tmp_path):
     # Those that belong to no picture are still named, and all of them where no captions are asked for.
     assert "left out other files (1): 1 .txt (readme.txt)" in images.notes
     assert "left out other files (5): 5 .txt (000.txt, 001.txt, 002.txt, ...)" in load(root, captioned=False).notes
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("one\ntwo", ["one", "two"]),
+        ("one\r\ntwo", ["one", "two"]),
+        ("one\rtwo", ["one", "two"]),
+        # What text from the web has within a line: separators of lines and pages, which are blanks here.
+        ("one\u2028two\u2029three", ["one two three"]),
+        ("one\x0ctwo\x0bthree\x85four", ["one two three four"]),
+    ],
+)
+def test_a_line_ends_where_an_editor_ends_it(tmp_path, content, expected):
+    root = write_folder(tmp_path / "pictures", [None])
+    (root / "000.txt").write_bytes(content.encode())
+    assert texts(load(root)) == [expected]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_captions_of_every_type_of_text(tmp_path, kind):
+    pictures = [{"bytes": png((8, 8), 0), "path": None}]
+    captions = pa.array(["a cat"], getattr(pa, kind)())
+    pq.write_table(pa.table({"image": pictures, "caption": captions}), tmp_path / "x.parquet")
+    assert texts(load(tmp_path / "x.parquet")) == [["a cat"]]
 
 
 def rows_as(kind, root, rows):
@@ -127,6 +154,8 @@ def test_a_bad_picture_that_is_skipped_needs_no_caption(tmp_path):
     ("content", "problem"),
     [
         (b"caf\xe9", "000.txt has a byte at 3 that is not UTF-8; expected UTF-8: save it so"),
+        ("a cat".encode("utf-16-le"), "000.txt has a zero byte at 1, which no text in UTF-8 has: save it as UTF-8"),
+        ("a cat".encode("utf-16"), "000.txt has a byte at 0 that is not UTF-8; expected UTF-8: save it so"),
         (b"a" * (2**20 + 1), "000.txt has more than 1,048,576 bytes; expected captions, one a line"),
     ],
 )

@@ -160,7 +160,7 @@ NO_ROWS = "found no rows; expected one for each picture: fill it, or remove it t
         (
             "metadata.csv",
             b"file_name;label\na.png;x\n",
-            "found the columns 'file_name;label'; expected file_name among them",
+            "found the columns 'file_name;label'; expected file_name among them, with commas between them",
         ),
         ("metadata.jsonl", b'{"name": "a.png"}\n', "found the columns 'name'; expected file_name among them"),
         ("metadata.jsonl", b"a.png\n", "cannot be read: Expecting value: line 1 column 1 (char 0)"),

@@ -14,8 +14,10 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
 from finetune.core.errors import UserError
 from finetune.data import decode as decoding
-from finetune.data.decode import check_format, decode, original, quiet
+from finetune.data import loading
+from finetune.data.decode import check_format, decode, quiet
 from finetune.data.pixels import BadImageError
+from harness.originals import original
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -279,6 +281,28 @@ def test_srgb_itself_is_left_as_it_is():
     assert (decode(encoded(Image.fromarray(noise), icc_profile=data), 3, 16, "center", "white") == noise).all()
 
 
+def named(name: bytes, icc: bytes) -> bytes:
+    return icc.replace(b"test\0".ljust(83, b"\0"), name.ljust(83, b"\0"))
+
+
+SRGB_PRIMARIES = [(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141)]
+
+
+@pytest.mark.parametrize(
+    ("icc", "expected"),
+    [
+        (named(b"sRGB IEC61966-2.1", matrix_profile(SRGB_PRIMARIES, curve_of_srgb())), [200, 60, 60]),
+        # Linear light, as of sRGB-elle-V2-g10.icc: 1.055 x (200/255)^(1/2.4) - 0.055 = 0.898, of 60/255 0.523.
+        (named(b"sRGB-elle-V2-g10.icc", matrix_profile(SRGB_PRIMARIES, gamma(1.0))), [229, 133, 133]),
+        (named(b"sRGB, wide", DISPLAY_P3), [217, 42, 52]),
+        (named(b"sRGB of ink", table_profile()), [200, 60, 60]),  # of another kind of colour
+    ],
+)
+def test_a_profile_is_srgb_by_what_it_does_and_not_by_its_name(icc, expected):
+    found = small(plain("RGB", (200, 60, 60), icc_profile=icc))
+    assert np.abs(np.array(found) - expected).max() <= 1, found
+
+
 def test_transparency_survives_a_colour_profile():
     assert small(plain("RGBA", (90, 90, 90, 64), icc_profile=DISPLAY_P3), 4)[3] == 64
 
@@ -311,7 +335,15 @@ def test_channels_are_what_the_network_asks_for():
     assert small(plain("L", 9), 4) == [9, 9, 9, 255]
 
 
-@pytest.mark.parametrize(("channels", "background", "named"), [(2, "white", "model"), (3, "whit", "data.background")])
+@pytest.mark.parametrize(
+    ("channels", "background", "named"),
+    [
+        (2, "white", "model"),
+        (3, "whit", "data.background"),
+        (3, "#ff000080", "data.background"),  # half transparent: what should be below it?
+        (3, "rgba(255, 0, 0, 128)", "data.background"),
+    ],
+)
 def test_what_no_picture_can_become_is_refused(channels, background, named):
     with pytest.raises(UserError, match=f"^{named}: found ") as caught:
         check_format(channels, background)
@@ -438,6 +470,8 @@ JPEG, PNG = (encoded(Image.fromarray(NOISE), kind) for kind in ("JPEG", "PNG"))
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is a PostScript file: convert it to PNG or JPEG"),
         (JPEG[: len(JPEG) // 2], "is damaged or cut off: image file is truncated"),
         (PNG[: len(PNG) // 2], "is damaged or cut off: image file is truncated"),
+        # Room on the disk that was never written, as an interrupted copy leaves it.
+        (JPEG[: len(JPEG) // 2].ljust(len(JPEG), b"\0"), "is damaged or cut off: it ends in zeros"),
         (encoded(Image.new("RGB", (1, 1))), "is 1 x 1 pixels, expected at least 2 a side"),
         (encoded(Image.new("RGB", (9, 1))), "is 9 x 1 pixels, expected at least 2 a side"),
         (encoded(Image.new("1", (20_000, 20_000))), "is too large: Image size (400000000 pixels) exceeds limit"),
@@ -457,6 +491,14 @@ def test_a_bad_picture_says_why_and_nothing_else_is_printed(data, reason, capfd)
     assert str(caught.value).startswith(reason)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("end", [b"", b"\0" * 5000, b"SEFT", b"\xff\xd9"])
+def test_a_jpeg_may_have_padding_after_its_end(tmp_path, end):
+    (tmp_path / "x.jpg").write_bytes(JPEG + end)
+    whole = decode(JPEG, 3, 8, "center", "white")
+    assert (decode(JPEG + end, 3, 8, "center", "white") == whole).all()
+    assert (decode(str(tmp_path / "x.jpg"), 3, 8, "center", "white") == whole).all()
 
 
 def test_an_unreadable_file_says_so(tmp_path, monkeypatch):
@@ -510,3 +552,14 @@ def test_the_original_size_is_that_of_the_upright_picture(kind, orientation, exp
     assert (width, height) == expected
     pixels = decode(file.getvalue(), 3, 4, "random", "white")
     assert (pixels.shape[1], pixels.shape[0]) == expected
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
+def test_a_picture_is_opened_and_its_pixels_read_once(kind, monkeypatch):
+    """A PNG's orientation is known once it is loaded: asking for it apart from decoding would decode it again."""
+    data, opened, open_ = encoded(Image.new("RGB", (6, 4)), kind), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **options: opened.append(args) or open_(*args, **options))
+    row = loading._decode_row(
+        {"bytes": data, "path": None}, (), channels=3, resolution=4, crop="center", background="white"
+    )
+    assert (row["original_width"], row["original_height"], len(opened)) == (6, 4, 1)

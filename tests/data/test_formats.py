@@ -41,7 +41,9 @@ def test_a_file_in_another_format_is_named(tmp_path, head, reason):
 
 
 def test_without_a_decoder_avif_is_named(monkeypatch):
-    assert unread_format(b"\0\0\0\x20ftypavif") == (f"is an AVIF picture, which this Pillow cannot decode: {CONVERT}")
+    assert unread_format(b"\0\0\0\x20ftypavif") == (
+        f"is an AVIF picture that is damaged or that this Pillow cannot decode: {CONVERT}"
+    )
 
 
 @pytest.mark.parametrize("head", [b"", b"It says .png but it is a letter.", b"\xff\xd8"])

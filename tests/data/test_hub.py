@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,3 +67,41 @@ def test_class_names_of_datasets_on_a_hub(tmp_path):
     in_rows = [["cat", "dog"], [1, 0, 1], corners]
     assert dict.fromkeys(cards, in_rows) == {name: found[name] for name in cards}
     assert found["folders"] == [["cat", "dog"], [0, 1, 1], [corners[1], corners[0], corners[2]]]
+
+
+OPEN = """
+import sys
+from finetune.core.errors import UserError
+from finetune.data.sources import open_source
+for name in sys.argv[1:]:
+    try:
+        print(name, len(open_source(name).splits["train"]))
+    except UserError as error:
+        print(name, *error.problems)
+"""
+
+
+@pytest.mark.slow
+def test_tar_files_of_a_hub_are_read_as_a_whole_or_refused(tmp_path):
+    """As those of a folder are: tests/data/test_archives.py has all of it."""
+    pictures = {f"{row}.png": png(seed=row) for row in range(3)}
+    for name in ("whole", "cut", "mixed"):
+        (tmp_path / name).mkdir()
+        tar(tmp_path / name / "train-0.tar", pictures)
+    cut = tmp_path / "cut/train-0.tar"
+    with tarfile.open(cut) as archive:
+        place = [member.offset for member in archive][2]
+    cut.write_bytes(cut.read_bytes()[:place])
+    tar(tmp_path / "mixed/train-1.tar", {**pictures, "2.txt": b"words"})
+    names = "whole", "cut", "mixed"
+    with serving({f"datasets/someone/{name}": tmp_path / name for name in names}) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", OPEN, *(f"someone/{name}" for name in names)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert hub.fetched == {f"someone/{file}" for file in ("whole/train-0.tar", "cut/train-0.tar")} | {
+            f"someone/mixed/train-{number}.tar" for number in range(2)
+        }
+    whole, cut, mixed = done.stdout.splitlines()
+    assert whole == "someone/whole 3"
+    assert f"train-0.tar is cut off at byte {place:,}, where a file or the end of the archive" in cut
+    assert "found rows with different files in train-0.tar, train-1.tar: '0' has .png and '2' has .png, .txt" in mixed

@@ -19,7 +19,7 @@ from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
 from finetune.core.kind import ImageFormat
 from finetune.data import loading
-from finetune.data.decode import decode
+from finetune.data.decode import decode, decode_to_shape
 from finetune.data.loading import load_data
 from finetune.data.pixels import Images
 
@@ -89,7 +89,9 @@ def problems(source: str, **config) -> tuple[str, ...]:
 def decodes(monkeypatch) -> list:
     """Grows by one entry with every picture that this process decodes."""
     calls = []
-    monkeypatch.setattr(loading, "decode", lambda *args, **options: calls.append(args) or decode(*args, **options))
+    monkeypatch.setattr(
+        loading, "decode_to_shape", lambda *args, **options: calls.append(args) or decode_to_shape(*args, **options)
+    )
     return calls
 
 
@@ -126,7 +128,7 @@ def test_other_processes_and_later_runs_find_everything_in_the_cache(tmp_path, c
     script = (
         "import sys; from finetune.data import loading; from finetune.config.inputs import DataConfig\n"
         "from finetune.core.kind import ImageFormat\n"
-        "loading.decode = None\n"
+        "loading.decode_to_shape = None\n"
         "for source in sys.argv[1:]:\n"
         "    config = DataConfig(source=source, validation_fraction=0.0)\n"
         "    print(loading.load_data(config, ImageFormat(3, 11), 0)[0].fingerprint)"
@@ -299,5 +301,7 @@ def test_a_validation_split_is_held_out(tmp_path, decodes):
     assert len(decodes) == 5
     assert (len(train), len(held_out)) == (3, 2)
     assert train.fingerprint == load(str(tmp_path)).fingerprint
+    (line,) = problems(str(tmp_path), validation_split="train[:2]")
+    assert line.startswith("data.validation_split: found 'train[:2]', which has 2 rows in common with data.split")
     line = problems(str(tmp_path), validation_split="dev")[0]
     assert line.startswith("data.validation_split: found 'dev'; expected a split of")

@@ -85,9 +85,13 @@ def test_pictures_may_have_such_names_too(tmp_path, quoted):
         (["a.png,cat,"], "line 2: found 3 values; expected 2, one for each column"),
         (["a.png,cat", "b.png"], "line 3: found 1 values; expected 2"),
         (["a.png,cat", "b.png,dog, brown"], "line 3: found 3 values; expected 2"),
+        # A quote that is not closed takes the rows after it into its value.
+        (['a.png,"cat', "b.png,dog"], "line 3: unexpected end of data (a quote that is opened has to be closed)"),
+        (['a.png,"cat', 'b.png,"dog"'], "line 3: ',' expected after '\"'"),
+        (["a.png," + "x" * 131_073], "line 2: field larger than field limit (131072)"),
     ],
 )
-def test_rows_of_another_length_are_refused(tmp_path, lines, reason):
+def test_rows_that_are_not_a_value_for_each_column_are_refused(tmp_path, lines, reason):
     root = write_files(tmp_path, "a.png", "b.png")
     (root / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
     assert f"{root}/metadata.csv: {reason}" in refused(root)
@@ -143,8 +147,11 @@ def test_two_metadata_files_of_one_folder_are_refused(tmp_path, other):
             "found True and 2 in 'label'",
         ),
         (['{"file_name": "a.png"}', "[1]"], "line 2: expected a mapping"),
+        (['{"file_name": "a.png", "label": 1, "label": 2}'], "line 1: found the key 'label' twice; expected one"),
+        (['{"file_name": "a.png", "label": {"x": 1, "x": 2}}'], "line 1: found the key 'x' twice; expected one"),
+        (['{"file_name": "a.png", "label": 99999999999999999999}'], "'label' of metadata.jsonl cannot be read: "),
         (['{"file_name": "a.png"}', '{"file_name": "b'], "line 2: Unterminated string"),
-        (['{"file_name": 7}'], "found the file_name 7; expected a name inside its folder"),
+        (['{"file_name": 7}'], "found the file_name 7; expected a name inside "),
     ],
 )
 def test_values_of_several_types_and_broken_lines_are_refused(tmp_path, lines, reason):
@@ -159,7 +166,40 @@ def test_names_with_backslashes_are_of_windows(tmp_path):
     images, _ = load_data(DataConfig(source=str(root), validation_fraction=0.0), ImageFormat(1, 8), 0, labelled=True)
     assert len(images) == 1
     (root / "metadata.csv").write_text("file_name,label\n..\\a.png,cat\n")
-    assert "expected a name inside its folder" in refused(root)
+    assert f"expected a name inside {root}" in refused(root)
+
+
+@pytest.mark.parametrize(
+    ("source", "written", "expected"),
+    [
+        ("x", "BASE/x/a.png", "x/a.png"),
+        ("x", "BASE/x/./in/../a.png", "x/a.png"),
+        ("x", "../a.png", "x/a.png"),  # metadata.csv is in x/in
+        ("x", "BASE/x/in/b.png", "x/in/b.png"),
+        ("link", "BASE/x/a.png", "link/a.png"),  # link -> x
+        ("x", "BASE/link/in/b.png", "x/in/b.png"),
+        ("x", "BASE/x/more/c.png", "x/more/c.png"),  # x/more -> other, which links lead to
+        ("x", "BASE/other/c.png", None),
+        ("x", "BASE/xy/a.png", None),
+        ("x", "BASE/x", None),
+        ("x", "../../other/c.png", None),
+    ],
+)
+def test_a_picture_is_named_by_any_path_that_leads_into_the_source(tmp_path, source, written, expected):
+    write_files(tmp_path, "x/a.png", "x/in/b.png", "other/c.png", "xy/a.png")
+    (tmp_path / "link").symlink_to("x")
+    (tmp_path / "x/more").symlink_to(tmp_path / "other")
+    written = written.replace("BASE", str(tmp_path))
+    (tmp_path / "x/in/metadata.csv").write_text(f"file_name,label\n{written},cat\n")
+    if expected is None:
+        assert refused(tmp_path / source).endswith(
+            f"found the file_name {written!r}; expected a name inside {tmp_path}/x"
+        )
+        return
+    data = DataConfig(source=str(tmp_path / source), validation_fraction=0.0)
+    (row,) = open_source(data.source).splits["train"]
+    assert row["image"]["path"] == str(tmp_path / expected)
+    assert len(load_data(data, ImageFormat(1, 8), 0, labelled=True)[0]) == 1
 
 
 def test_the_fingerprint_follows_labels_and_pictures(tmp_path):

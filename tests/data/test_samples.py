@@ -11,9 +11,10 @@ from PIL import Image, TiffImagePlugin
 
 from finetune.config.inputs import DataConfig
 from finetune.core.kind import ImageFormat
-from finetune.data.decode import decode, original
+from finetune.data.decode import decode
 from finetune.data.loading import load_data
 from finetune.data.pixels import BadImageError
+from harness.originals import original
 
 GREY, RGB, GREY_ALPHA, RGB_ALPHA = 0, 2, 4, 6  # PNG's colour types
 RED, WHITE, BLACK = [255, 0, 0], [255] * 3, [0] * 3

@@ -33,12 +33,30 @@ def problem(source) -> str:
         ([1, 2], ["x", "y"], "found texts in 'label' of b.parquet and integers in that of a.parquet"),
         (["1", "2"], [1, 2], "found integers in 'label' of b.parquet and texts in that of a.parquet"),
         ([True, False], [1, 0], "found integers in 'label' of b.parquet and true or false in that of a.parquet"),
+        ([None], [1, 0], "found integers in 'label' of b.parquet and missing values alone in that of a.parquet"),
+        (
+            *([None], [0.5]),
+            "found values of type double in 'label' of b.parquet and missing values alone in that of a.parquet",
+        ),
     ],
 )
 def test_labels_of_several_types_are_refused(tmp_path, first, second, reason):
     for name, labels in (("a", first), ("b", second)):
         pq.write_table(table(labels), tmp_path / f"{name}.parquet")
     assert problem(tmp_path).startswith(f"data.source: {reason}; expected the same in all files")
+
+
+@pytest.mark.parametrize("first", [[1], [0.5], ["x"], [{"x": 1}], [None]])
+def test_a_later_file_may_have_missing_values_alone(tmp_path, first):
+    for name, labels in (("a", first), ("b", [None]), ("c", first)):
+        pq.write_table(table(labels), tmp_path / f"{name}.parquet")
+    assert open_source(str(tmp_path)).splits["train"]["label"][:] == [*first, None, *first]
+
+
+def test_a_table_is_read_whatever_the_case_of_its_ending(tmp_path):
+    pq.write_table(table([1, 2]), tmp_path / "A.PARQUET")
+    for source in (tmp_path, tmp_path / "A.PARQUET"):
+        assert open_source(str(source)).splits["train"]["label"][:] == [1, 2]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

@@ -2,11 +2,12 @@
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from finetune.config.inputs import DataConfig
 from finetune.core.errors import UserError
-from finetune.data.selection import select
+from finetune.data.selection import check_held_out, select
 
 PICTURE = {"bytes": b"", "path": None}
 CLASSES = datasets.ClassLabel(names=["cat", "dog", "7"])
@@ -48,6 +49,24 @@ def test_words_are_numbered_alphabetically():
     chosen = selected(dataset(["dog", "cat", None, "dog"], datasets.Value("string")))
     assert chosen.labels.tolist() == [1, 0, -1, 1]
     assert chosen.label_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_blanks_are_no_label_and_no_part_of_one(kind):
+    chosen = selected(dataset(["dog", " cat", "", "cat ", " ", "Cat"], datasets.Value(kind)))
+    assert chosen.labels.tolist() == [2, 1, -1, 1, -1, 0]
+    assert chosen.label_names == ["Cat", "cat", "dog"]
+
+
+def test_a_label_that_no_64_bits_hold_is_refused():
+    def labelled(label: int) -> dict[str, datasets.Dataset]:
+        return {
+            "train": datasets.Dataset(pa.table({"image": [PICTURE] * 2, "label": pa.array([1, label], pa.uint64())}))
+        }
+
+    line = problem(labelled(2**63))
+    assert line == f"data.label_column: found {2**63} in 'label' of photos; expected below 2^63"
+    assert selected(labelled(2**63 - 1)).labels.tolist() == [1, 2**63 - 1]
 
 
 @pytest.mark.parametrize(
@@ -106,9 +125,39 @@ def test_splits_and_slices_of_them():
         "train[9:]+test": [9, 50, 51],
     }.items():
         assert selected(splits, spec).labels.tolist() == labels
+    for spec in ("train[:0]", "train[10:]", "train[5:3]", "train[10:]+test[:0]"):
+        assert problem(splits, spec) == f"data.split: found no images in {spec!r} of photos; expected at least one"
+    for spec, twice in {"train+train": 10, "train[:6]+train[4:]": 2, "test+train[:1]+test[1:]": 1}.items():
+        line = problem(splits, spec)
+        assert line == f"data.split: found {spec!r}, which names {twice} rows twice; expected each once"
     for spec in ("validation", "train[:3", "train[a:]", "", "validation[:3]", "../train"):
         line = problem(splits, spec)
         assert line == f"data.split: found {spec!r}; expected a split of photos, which has train, test"
+
+
+@pytest.mark.parametrize(
+    ("split", "held", "both"),
+    [
+        ("train", "train[:1]", 1),
+        ("train[:80%]", "train[70%:]", 1),  # of 10 rows 0 to 7 and 7 to 9
+        ("train[:7]", "train[7:]", 0),
+        ("train", "test", 0),
+        ("train+test[:1]", "test", 1),
+        ("train[:3]", "train[2:]+test", 1),
+    ],
+)
+def test_rows_that_are_trained_on_cannot_be_held_out(split, held, both):
+    splits = {"train": dataset(list(range(10)))["train"], "test": dataset([50, 51])["train"]}
+    config = DataConfig(source="photos", split=split, validation_split=held)
+    if not both:
+        check_held_out(splits, config)
+        return
+    with pytest.raises(UserError) as caught:
+        check_held_out(splits, config)
+    assert caught.value.problems == (
+        f"data.validation_split: found {held!r}, which has {both} rows in common with data.split {split!r}; expected "
+        "rows that are not trained on",
+    )
 
 
 def test_image_means_the_only_column_of_pictures():

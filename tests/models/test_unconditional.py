@@ -165,6 +165,31 @@ def test_identity_is_json_and_changes_with_every_setting():
             "model.noise_scheduler: DDPMScheduler cannot be built: x is not implemented",
         ),
         ({"unet": UNET, "noise_scheduler": {"prediction_type": "x0"}}, None, "found 'x0'; expected epsilon, v_pred"),
+        # `no` is a text in YAML 1.2, which Python takes for true.
+        *(
+            ({"unet": UNET, "noise_scheduler": {key: value}}, None, f"model.noise_scheduler.{key}: found {problem}")
+            for key, value, problem in [
+                ("clip_sample", "no", "'no'; expected true or false"),
+                ("thresholding", 0, "0; expected true or false"),
+                ("beta_start", "1e-4", "'1e-4'; expected a number"),
+                ("beta_end", True, "True; expected a number"),
+                ("num_train_timesteps", 100.0, "100.0; expected a whole number"),
+                ("num_train_timesteps", None, "None; expected a whole number"),
+                ("trained_betas", 0.1, "0.1; expected a list or null"),
+                ("beta_schedule", [1], "[1]; expected a text"),
+            ]
+        ),
+        *(
+            ({"unet": {**UNET, key: value}}, None, f"model.unet.{key}: found {problem}")
+            for key, value, problem in [
+                ("add_attention", "off", "'off'; expected true or false"),
+                ("norm_eps", "1e-5", "'1e-5'; expected a number"),
+                ("layers_per_block", True, "True; expected a whole number"),
+                ("block_out_channels", 8, "8; expected a list"),
+                ("sample_size", "8", "'8'; expected a whole number or a list or null"),
+                ("mid_block_type", [], "[]; expected a text or null"),
+            ]
+        ),
     ],
 )
 def test_a_model_config_that_cannot_be_trained_is_refused(config, resolution, line):

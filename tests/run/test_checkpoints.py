@@ -27,6 +27,34 @@ def test_auto_finds_the_newest_by_step_and_not_by_name(save, tmp_path):
     assert find(tmp_path) == (newest, [])
 
 
+@pytest.mark.parametrize("name", ["checkpoint-7", "checkpoint-02", "checkpoint-1"])
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(save, tmp_path, name):
+    """By such a name an older one would be taken for the newest, and the updates since then be done again."""
+    renamed = save(2).rename(tmp_path / name)
+    expected = f"output_dir: found the checkpoint {renamed}, which is that of step 2; rename it checkpoint-2, or move"
+    with pytest.raises(UserError) as caught:
+        find(tmp_path)
+    assert str(caught.value).startswith(expected)
+    moved = renamed.rename(tmp_path / "mine")  # it may be named whatever it is called
+    assert find(tmp_path, moved) == (moved, [])
+    assert find(tmp_path) == (None, [])
+
+
+def test_of_a_checkpoint_that_was_moved_and_linked_the_link_is_pruned(save, tmp_path):
+    (tmp_path / "runs").mkdir()
+    kept = save(1).rename(tmp_path / "elsewhere")
+    (tmp_path / "runs/checkpoint-1").symlink_to(kept)
+    save(2).rename(tmp_path / "runs/checkpoint-2")
+    Checkpoints(tmp_path / "runs", "auto", keep=1).prune(2)
+    wait_for_pruning()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["checkpoint-2"]
+    assert checkpoint.flaw(kept) is None
+    (tmp_path / "runs/.checkpoint-1.pruned").symlink_to(kept)  # of a killed run
+    Checkpoints(tmp_path / "runs", "auto", keep=1).remove_leftovers()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["checkpoint-2"]
+    assert checkpoint.flaw(kept) is None
+
+
 def test_auto_reports_a_damaged_checkpoint_and_finds_the_one_before(save, tmp_path):
     before, newest = save(1), save(2)
     flip_a_bit(newest / "ema.safetensors")

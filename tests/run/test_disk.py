@@ -135,15 +135,20 @@ def test_a_disk_that_becomes_read_only_in_a_run_or_before_it(undisturbed, disk):
     ],
 )
 def test_an_output_folder_that_cannot_exist(undisturbed, tmp_path, place, problem):
+    """Found by a check as well, which writes nothing itself."""
     (tmp_path / "file").write_text("mine")
-    refused = run("--config", undisturbed / "config.yaml", f"output_dir={tmp_path / place}", folder=undisturbed)
-    assert refused.returncode == 2
-    assert refused.error.startswith(f"output_dir: {tmp_path / place}: {problem}")
+    for flags in ([], ["--check"]):
+        command = "--config", undisturbed / "config.yaml", f"output_dir={tmp_path / place}", *flags
+        refused = run(*command, folder=undisturbed)
+        assert refused.returncode == 2
+        assert refused.error.startswith(f"output_dir: {tmp_path / place}: {problem}")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["config.yaml", "tensorboard", "samples", "pipeline", "loss_curve.png"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.jsonl", "tensorboard", "samples", "pipeline", "loss_curve.png"]
+)
 def test_a_file_where_a_folder_belongs_or_the_reverse(undisturbed, tmp_path, name):
     """It is named and left as it is; once it is moved away the run resumes."""
     output_dir = tmp_path / "run"

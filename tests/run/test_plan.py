@@ -3,13 +3,16 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from diffusers import UNet2DModel
 
 from finetune.config.schema import Config
 from finetune.core.batch import BatchLayout
+from finetune.core.errors import UserError
 from finetune.models.load import load_kind
 from finetune.run.plan import plan as printed
+from finetune.run.plan import unused_negative
 from harness.configs import UNET, tiny_config
 
 
@@ -62,8 +65,35 @@ def test_the_plan_says_when_the_run_is_evaluated():
     assert f"evaluation {samples}" in plan(config)
 
 
+def test_the_plan_says_if_the_learning_rate_never_reaches_its_peak():
+    # six updates, 0 to 5
+    long = config_of(lr_scheduler={"name": "cosine", "warmup_steps": 50})
+    assert "learning rate 0.001, cosine, 50 updates of warm-up, never above 0.0001 in this run" in plan(long)
+    assert "learning rate 0.001, cosine, 5 updates of warm-up" in plan(
+        config_of(lr_scheduler={"name": "cosine", "warmup_steps": 5})
+    )
+
+
+def test_a_schedule_that_the_run_could_not_follow_is_found_by_the_plan():
+    with pytest.raises(UserError, match=r"lr_scheduler.warmup_steps: found 6; expected fewer than this run's 6"):
+        plan(config_of(lr_scheduler={"name": "polynomial", "warmup_steps": 6}))
+
+
 def test_a_dropout_of_conditions_that_there_are_none_of_is_noted():
     note = "Note: training.condition_dropout has no effect: the model is told neither classes nor captions"
     assert note in plan(config_of(training__condition_dropout=0.3))
     for harmless in (config_of(), config_of(training__condition_dropout=0.0)):
         assert note not in plan(harmless)
+
+
+def test_a_negative_prompt_without_guidance_is_noted():
+    def note(**samples):
+        return unused_negative(config_of(samples=samples))
+
+    assert note(negative_prompt="blurred") == (
+        "Note: samples.negative_prompt has no effect: samples.guidance_scale is 1, which is no guidance"
+    )
+    assert note(negative_prompt="blurred", guidance_scale=[1.0, 1.0]) is not None
+    for used in ({"guidance_scale": 3.0}, {"guidance_scale": [1.0, 3.0]}, {"guidance_scale": 0.0}):
+        assert note(negative_prompt="blurred", **used) is None
+    assert note() is None

@@ -26,6 +26,30 @@ def test_history_is_cut_back_to_the_step_that_a_run_resumes_from(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+DAMAGE = [
+    b"\0" * 40,
+    b"\xff\xfe{",
+    b"",
+    b"3",
+    b"[]",
+    b"{}",
+    b'{"step": "1"}',
+    b'{"step": null}',
+    b'{"step": 1, "tr',
+    b"[" * 9999,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_damaged_line_costs_itself_alone(tmp_path, damage, place):
+    """As a power cut, a full disk or an editor leave it, anywhere in the file."""
+    lines = [json.dumps(line).encode() for line in LINES]
+    lines.insert(place, damage)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    assert History(tmp_path / "metrics.jsonl", 2).read() == LINES
+
+
 def advance(progress: Progress, steps: int, seconds: float, now: list[float]) -> None:
     for _ in range(steps):
         now[0] += seconds

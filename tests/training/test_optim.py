@@ -8,7 +8,7 @@ import torch
 
 from finetune.config.updates import LRSchedulerConfig, OptimizerConfig
 from finetune.core.errors import UserError
-from finetune.training.optim import make_lr_scheduler, make_optimizer, set_hyperparameters
+from finetune.training.optim import highest_rate, make_lr_scheduler, make_optimizer, set_hyperparameters
 
 TOTAL, WARMUP = 10, 4
 
@@ -80,3 +80,22 @@ def test_a_loaded_optimizer_takes_the_hyperparameters_of_the_present_config():
 def test_a_polynomial_schedule_that_is_all_warm_up_is_refused():
     with pytest.raises(UserError, match="found 10; expected fewer than this run's 10 updates"):
         rates({"name": "polynomial", "warmup_steps": TOTAL}, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "updates", "factor"),
+    [
+        ({"name": "constant"}, 3, 1.0),
+        ({"name": "linear"}, 3, 1.0),
+        ({"name": "cosine_with_restarts", "num_cycles": 9}, 3, 1.0),
+        ({"name": "constant_with_warmup", "warmup_steps": 100}, 3, 2 / 100),  # updates 0, 1 and 2
+        ({"name": "cosine", "warmup_steps": 100}, 101, 1.0),
+        ({"name": "cosine", "warmup_steps": 100}, 100, 99 / 100),
+        ({"name": "linear", "warmup_steps": 777}, 1_000_000, 1.0),  # of which not every update is looked at
+        ({"name": "constant_with_warmup", "warmup_steps": 2_000_001}, 1_000_001, 1_000_000 / 2_000_001),
+        ({"name": "piecewise_constant", "step_rules": "0.5:2,0.25"}, 2, 0.5),
+    ],
+)
+def test_the_highest_learning_rate_of_a_run(schedule, updates, factor):
+    config = OptimizerConfig(learning_rate=1e-3)
+    assert highest_rate(config, LRSchedulerConfig(**schedule), updates) == pytest.approx(1e-3 * factor, rel=1e-9)
