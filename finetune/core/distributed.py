@@ -18,7 +18,7 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 
 from finetune.core.errors import UserError, first_line
 from finetune.core.groups import from_main_process, gathered, leave_groups, processes
-from finetune.core.launcher import launcher_was_given, set_by_launcher
+from finetune.core.launcher import launch_error, launcher_was_given, set_by_launcher
 
 T = TypeVar("T")
 _ACCUMULATION_VARIABLE = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
@@ -40,7 +40,7 @@ def check_processes() -> None:
             f"launch: found 1 process where WORLD_SIZE in the environment is {asked}: without an accelerator, "
             "Accelerate needs ACCELERATE_USE_CPU=true in the environment to connect them"
         )
-        raise UserError(problem) if os.environ.get("RANK", "0") == "0" else UserError()
+        raise launch_error(problem)
     if "WORLD_SIZE" not in os.environ and set_by_launcher("MASTER_ADDR"):  # it sets that for several processes alone
         raise UserError(
             "launch: accelerate launch was asked for several processes and started 1, as it does without several "
@@ -58,7 +58,7 @@ def _refuse_sharded_launches() -> None:
                 "file; expected neither: what a model holds is spread over plain processes by "
                 "training.shard=true in the run's config"
             )
-            raise UserError(problem) if os.environ.get("RANK", "0") == "0" else UserError()
+            raise launch_error(problem)
 
 
 def _rest_before_forks() -> None:

@@ -11,7 +11,8 @@ from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-from finetune.core.errors import UserError, first_line
+from finetune.core.errors import first_line
+from finetune.core.launcher import launch_error
 
 VARIABLE = "ACCELERATE_CONFIG_FILE"
 _LAUNCHED = "ACCELERATE_DYNAMO_MODE"  # set by accelerate launch in every process
@@ -31,7 +32,7 @@ def take_launch_config() -> None:
     named = os.environ.get(VARIABLE)
     if _LAUNCHED in os.environ:
         if named is not None:
-            raise _said_once(
+            raise launch_error(
                 f"{VARIABLE}: found {named}, which accelerate launch does not read; name the file with accelerate "
                 f"launch --config_file, and unset {VARIABLE}"
             )
@@ -45,7 +46,7 @@ def take_launch_config() -> None:
         arguments, config, _ = _validate_launch_command(launch_command_parser().parse_args(words))
         _, variables = prepare_simple_launcher_cmd_env(arguments)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise _said_once(
+        raise launch_error(
             f"launch: {file}: cannot be used ({first_line(error)}); expected a config file of Accelerate, as "
             f"accelerate config writes one; {VARIABLE} names another"
         ) from error
@@ -56,7 +57,3 @@ def take_launch_config() -> None:
     asked = getattr(config, "num_processes", 1)
     if alone and asked > 1:
         print(f"launch: {file} asks for {asked} processes, which accelerate launch would start; this is one.")
-
-
-def _said_once(problem: str) -> UserError:
-    return UserError(problem) if os.environ.get("RANK", "0") == "0" else UserError()

@@ -14,9 +14,12 @@ import time
 
 import psutil
 
+from finetune.core.errors import UserError
+
 _LAUNCHER = re.compile(r"(.*/)?(accelerate|accelerate-launch|torchrun)|accelerate\.commands\..*|torch\.distributed\..*")
 _PR_SET_PDEATHSIG = 1
 _WATCH_SECONDS = 1.0
+_UNTIL_PRINTED = 60.0  # seconds that the first process may import for longer than another
 # Nobody sets these by hand: torch's elastic launcher does, and accelerate launch for a single process.
 _MARKS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
 
@@ -95,6 +98,19 @@ def launcher() -> psutil.Process | None:
         return process
     except psutil.Error:
         return None
+
+
+def launch_error(problem: str) -> UserError:
+    """What every process of a launch raises before they are connected; the first alone has the message.
+
+    A launcher ends all of them as soon as one has failed. So the others wait for that end, or the first, still busy
+    with its imports, might never print its line.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return UserError(problem)
+    if launcher() is not None:
+        time.sleep(_UNTIL_PRINTED)
+    return UserError()
 
 
 def restarts_left() -> bool:

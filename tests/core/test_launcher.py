@@ -88,6 +88,22 @@ def test_available_cores_are_taken_unless_the_user_gave_a_number(parent, monkeyp
     assert threads == ([4] if taken else [])
 
 
+@pytest.mark.parametrize(
+    ("rank", "command", "problems", "waits"),
+    [("0", "torchrun", ("mistake",), []), ("1", "torchrun", (), [60.0]), ("1", "bash", (), [])],
+)
+def test_the_first_process_tells_and_the_others_wait_for_their_launcher(
+    parent, monkeypatch, rank, command, problems, waits
+):
+    """Which ends all of them when one has failed, before the first has printed its line."""
+    parent(command)
+    waited = []
+    monkeypatch.setattr(launcher.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", rank)
+    assert launcher.launch_error("mistake").problems == problems
+    assert waited == waits
+
+
 @pytest.mark.parametrize(("device", "processes"), [("cuda", 1), ("cpu", 2)])
 def test_threads_are_left_to_the_launch_on_a_gpu_and_for_several_processes(parent, monkeypatch, device, processes):
     parent("bash")
