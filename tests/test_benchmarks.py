@@ -18,7 +18,8 @@ ROWS = {  # command -> the first cell of each row that it prints
         *(f"8 images a micro-batch, N = {steps}" for steps in (1, 4)),
         *("UNet of 0.045 M at 8 px, 16 images", "configs/digits.yaml, 4 x 16 images"),
         "UNet of 0.045 M at 8 px, 16 images, by class",
-        *("bf16, UNet of 0.045 M at 8 px, 4 images", "channels-last, float32", "fused AdamW", "foreach EMA"),
+        *("bf16, UNet of 0.045 M at 8 px, 4 images", "channels-last, float32"),
+        *("fused AdamW", "EMA, foreach", "EMA, foreach in one pass"),
     ],
     "speed --compile --short": ["the first pass", "UNet of 0.045 M at 8 px, 16 images"],
     "checkpointing --short": [

@@ -12,7 +12,7 @@ from finetune.core.sharding import local
 
 
 class LocalEMA(EMAModel):  # type: ignore[misc] # diffusers has no types
-    """The average of what this process holds of the parameters: all of them, or its parts of sharded ones.
+    """The average of what this process holds of trained parameters: all of them, or its parts of sharded ones.
 
     torch's foreach kernels copy no sharded tensors, and there is nothing here that processes would have to agree on.
     """
@@ -20,8 +20,12 @@ class LocalEMA(EMAModel):  # type: ignore[misc] # diffusers has no types
     def __init__(self, parameters: Iterable[torch.nn.Parameter], **options: Any):
         super().__init__(_local(parameters), **options)
 
+    @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        super().step(_local(parameters))
+        """As EMAModel's, in one pass: that one first computes all differences, which takes a copy of the weights."""
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, _local(parameters), 1 - self.cur_decay_value)
 
     def store(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         super().store(_local(parameters))
