@@ -66,7 +66,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     Returns:
         The exit code.
     """
-    training = config.training
+    training, crops = config.training, config.data.crop == "random"
 
     # Batch layout and Accelerator: global batch = micro-batch x accumulation steps x processes.
     sizes = training.global_batch_size, training.micro_batch_size, training.gradient_accumulation_steps
@@ -83,8 +83,8 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     use_available_cores(accelerator)
 
     # Model and images. What the model will take of memory is printed before it is loaded.
-    outline = main_process_first(lambda: outline_kind(config.model, config.data.resolution))
-    taken = layout.num_processes, config.ema.enabled, training.shard
+    outline = main_process_first(lambda: outline_kind(config.model, config.data.resolution, crops))
+    taken = layout.num_processes, config.ema.enabled, training.shard, outline.crop_encoder
     say(together(lambda: state_plan(accelerator, outline.network, *taken)))
     kind = main_process_first(lambda: outline.load(config.seed))
     train_images, held_out = load_images(config, kind)
@@ -111,7 +111,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
 
     # The plan.
     flops, counts = flops_per_image(kind, train_images.shapes), (len(train_images), len(held_out or ()))
-    notes, dealt = data_notes(train_images, held_out, encodings), shapes_note(train_images.shapes, sampler)
+    notes, dealt = data_notes(kind, train_images, held_out, encodings), shapes_note(train_images.shapes, sampler)
     say(plan(config, accelerator, layout, kind, *counts, notes, flops, dealt))
 
     # Encoded once, before training; a check encodes no more than what the network is judged by.

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from harness.compare import history, valid_checkpoints
-from harness.configs import KINDS, PIPELINES, UNET, of_kind, tiny_config, write_config, write_pictures
+from harness.configs import KINDS, UNET, of_kind, tiny_config, write_config, write_pictures
 from harness.processes import launch, run
 
 BLOCKS = st.sampled_from(["", "Attn", "Skip", "AttnSkip", "Resnet", "K"])
@@ -76,8 +76,6 @@ def test_what_passes_the_check_runs_to_its_end(
     }
     of_its_kind = {"model": {"unet": unet}, **of_kind(kind, pictures[kind])}
     of_its_kind["model"] = of_its_kind["model"] | {"noise_scheduler": noise_scheduler}
-    if kind in PIPELINES:
-        changes = changes | {"data__crop": "center"}
     options = {
         "training": {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 3},
         "samples": {"every_steps": 3, "count": 2, "inference_steps": inference_steps},

@@ -21,13 +21,16 @@ BF16 = 2**-7
 CLASSES = [Case(precision, *case, "classes") for precision in BOUNDS for case in ONCE]
 LATENTS = [Case(precision, *case, "text") for precision in BOUNDS for case in ONCE]
 LATENTS += [Case("float64", *case, kind) for case in ONCE for kind in ("sdxl", "lora")]
+# Random crops of latents are encoded in float32 whatever the network's precision, in batches that the layout decides.
+CROPS = [Case("float32", *case, kind, crop="random") for case in ONCE for kind in ("text", "sdxl")]
+CROPS += [Case("float32", (2, 2, 2), 17, kind, shard, "random") for kind, shard in (("lora", False), ("text", True))]
 SHARDED = [
     Case(precision, layout, images, kind, shard=True)
     for precision in BOUNDS
     for kind in ("unconditional", "classes", "text")
     for layout, images in (((2, 2, 2), 17), ((2, 3, 2), 19))
 ]
-EXACT = [*FULL, *(Case("float64", *case) for case in ONCE), *CLASSES, *LATENTS, *SHARDED]
+EXACT = [*FULL, *(Case("float64", *case) for case in ONCE), *CLASSES, *LATENTS, *CROPS, *SHARDED]
 IN_BF16 = [*(Case("bf16", *case) for case in ONCE), Case("bf16", (2, 2, 2), 17, shard=True)]
 
 

@@ -5,10 +5,10 @@ import signal
 import pytest
 
 from harness.compare import differences, differing, history, relative_difference, slots, weights
-from harness.configs import PIPELINES, evaluated_config, of_kind, tiny_config, write_config, write_pictures
+from harness.configs import PIPELINES, crop_of, evaluated_config, of_kind, tiny_config, write_config, write_pictures
 from harness.faults import kill_at, signal_at
 from harness.processes import finish, run, run_two
-from harness.shapes import EPOCHS, LAYOUTS, SHAPES, TAILS, Case, crop_of, run_shaped, shaped_config, write_shapes
+from harness.shapes import EPOCHS, LAYOUTS, SHAPES, TAILS, Case, run_shaped, shaped_config, write_shapes
 
 # In float64 every layout with a tail of its own and the last with every tail, in float32 every layout once, and some of
 # the other kinds.
@@ -18,6 +18,7 @@ CLASSES = [Case((2, 4, 2), 31, kind="classes"), Case((2, 1, 8), 33, kind="classe
 LATENTS = [Case(layout, images, kind="text") for layout, images in zip(LAYOUTS[1:], TAILS, strict=True)]
 LATENTS += [Case(layout, 37, kind=kind) for layout, kind in zip(LAYOUTS[2:], ("sdxl", "lora"), strict=True)]
 LATENTS += [Case((2, 4, 2), 37, "float32", "text")]
+LATENTS += [Case((2, 4, 2), 37, "float32", kind, "random") for kind in ("text", "sdxl")]
 
 # Adam moves them by full steps of the rounding errors of a gradient that is 0 in exact arithmetic (see `compare`).
 KEY_BIAS = "to_k.bias"
@@ -72,12 +73,14 @@ def told_to_stop_in_the_second_update():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["unconditional", *PIPELINES])
-def test_a_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "crop"), [*((kind, crop_of(kind)) for kind in ("unconditional", *PIPELINES)), ("sdxl", "random")]
+)
+def test_a_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, kind, crop):
     pictures, log = write_shapes(tmp_path / "pictures", 27, kind), tmp_path / "log"
     # 24 to train on, in windows of 8: 3 an epoch, 6 in all; stopped in the middle of the first epoch
     for name in ("undisturbed", "stopped"):
-        write_config(tmp_path / f"{name}.yaml", evaluated(pictures, tmp_path / name, kind))
+        write_config(tmp_path / f"{name}.yaml", evaluated(pictures, tmp_path / name, kind, data__crop=crop))
     finish("--config", tmp_path / "undisturbed.yaml", folder=log)
     stopped = run("--config", tmp_path / "stopped.yaml", folder=log, before=told_to_stop_in_the_second_update)
     assert stopped.returncode == 143

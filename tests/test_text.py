@@ -359,7 +359,7 @@ def test_a_recipe_trains_a_small_pipeline(tmp_path, recipe, pipeline):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"data__crop": "random"}, "data.crop: found random with a model of latents"),
+        ({"data__crop": "random"}, "data.crop: 'center' in the checkpoint, 'random' now"),
         (
             {"samples": {"labels": ["cat"]}},
             "samples.labels: found ['cat']; expected it with a model that is told classes",

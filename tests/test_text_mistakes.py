@@ -13,7 +13,6 @@ TABLE = [  # a kind of model, what is set, and how the line begins
     ("text", "data.caption_column=words", "data.caption_column: found 'words'; expected a column of texts or of lists"),
     ("text", "data.label_column=label", "data.label_column: found 'label'; expected a column of "),
     ("text", "data.caption=3", "command line: data.caption: found 3; expected a line of text or null"),
-    ("text", "data.crop=random", "data.crop: found random with a model of latents"),
     ("text", "data.resolution=10", "data.resolution: found 10; expected a multiple of 4, since the VAE makes one"),
     ("text", "model.class_conditional=true", "model.class_conditional: found true with "),
     (

@@ -14,8 +14,9 @@ Batch = Mapping[str, torch.Tensor]
 
 - `noise` (b, C, H, W) as the clean tensor, `timesteps` int64 (b,), `weights` (b,), of every kind of model;
 - pixel models: `images` uint8 (b, C, H, W);
-- latent models: `latents` (b, C, h, w), drawn from the posterior and not scaled; `text` (b, tokens, width), and where
-  the pipeline has them `pooled` (b, width) and `time_ids` (b, 6);
+- latent models: `latents` (b, C, h, w), drawn from the posterior and not scaled, or what they are drawn from, where
+  crops are random: `images` as above and standard normal `posterior` (b, C, h, w); `text` (b, tokens, width), and
+  where the pipeline has them `pooled` (b, width) and `time_ids` (b, 6);
 - conditional models: `dropped` bool (b,), and those of classes `labels` int64 (b,).
 """
 Arguments = dict[str, Any]  # a network's arguments by name: tensors, or mappings of tensors
@@ -32,7 +33,7 @@ class ImageFormat(NamedTuple):
 class Encoders(Protocol):
     """Frozen networks that turn images and captions, once, into what the batches of a latent model hold.
 
-    They are loaded when they first encode, and are in memory until `free`.
+    They are loaded when they first encode, and are in memory until `free`, or throughout where crops are random.
 
     Attributes:
         image_key, text_key: hashes of all that an encoded image or text depends on, apart from itself.
@@ -68,7 +69,7 @@ class Encoders(Protocol):
         ...
 
     def free(self) -> None:
-        """Release the networks' memory."""
+        """Release the networks' memory, but for what encodes random crops."""
         ...
 
 
@@ -87,6 +88,8 @@ class Kind(Protocol):
         variant: of the pretrained weights, such as fp16, where there are no others; else None.
         divisor: what both sides of a picture have to be multiples of.
         shapes: of the pictures that are trained; the square of the image format, unless `train_shapes` sets others.
+        crop_encoder: on the meta device, the network that `inputs` encodes random crops with, which is in memory while
+            updates run; None where images are encoded before, or not at all.
     """
 
     network: ModelMixin
@@ -100,6 +103,7 @@ class Kind(Protocol):
     variant: str | None
     divisor: int
     shapes: list[Shape]
+    crop_encoder: ModelMixin | None
 
     def train_shapes(self, shapes: list[Shape]) -> None:
         """Train pictures of these shapes; raises UserError if the network cannot take one of them."""

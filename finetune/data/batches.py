@@ -68,11 +68,15 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
 
     def shown(self, images: list[int], dropped: bool) -> dict[str, torch.Tensor]:
         """Images without augmentation, with their conditions or without: a batch but for noise, timesteps, weights."""
-        pixels = torch.from_numpy(np.stack([self.images[index] for index in images])).permute(0, 3, 1, 2)
+        pixels = self.centers(images)
         if self.labels is None:
             return {"images": pixels}
         labels = torch.from_numpy(self.labels[images])
         return {"images": pixels, "labels": labels, "dropped": torch.full((len(images),), dropped)}
+
+    def centers(self, images: list[int]) -> torch.Tensor:
+        """The centres of b images, uint8 (b, C, H, W)."""
+        return torch.from_numpy(np.stack([self.images[index] for index in images])).permute(0, 3, 1, 2)
 
     def shape(self, image: int) -> tuple[int, ...]:
         """What is noised of an image, (C, H, W)."""
@@ -104,6 +108,12 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         """Whether the image of a slot is mirrored."""
         return self.random_flip and bool(randomness.uniform(self.seed, "flip", slot.epoch, slot.position, 1)[0] < 0.5)
 
+    def corner(self, slot: Slot) -> tuple[int, int]:
+        """Top and left of the random crop of a slot, in the picture that is scaled to cover its shape."""
+        stored, (height, width) = self.images.pixels(slot.image).shape, self.images.shape(slot.image)
+        draws = randomness.uniform(self.seed, "crop", slot.epoch, slot.position, 2)
+        return int(draws[0] * (stored[0] - height + 1)), int(draws[1] * (stored[1] - width + 1))
+
     def read_images(self, slots: list[Slot]) -> torch.Tensor:
         """The images of b slots, cropped and flipped: uint8 (b, C, H, W)."""
         images = torch.empty(len(slots), self.images.channels, *self.images.shape(slots[0].image), dtype=torch.uint8)
@@ -116,8 +126,7 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         """The image of a slot, cropped and flipped as its key says: uint8 (H, W, C), a view."""
         if self.crop == "random":
             pixels, (height, width) = self.images.pixels(slot.image), self.images.shape(slot.image)
-            draws = randomness.uniform(self.seed, "crop", slot.epoch, slot.position, 2)
-            top, left = int(draws[0] * (len(pixels) - height + 1)), int(draws[1] * (pixels.shape[1] - width + 1))
+            top, left = self.corner(slot)
             pixels = pixels[top : top + height, left : left + width]
         else:
             pixels = self.images[slot.image]

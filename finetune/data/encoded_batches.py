@@ -6,11 +6,10 @@ import torch
 
 from finetune.config.schema import Config
 from finetune.core import randomness
-from finetune.core.errors import UserError
 from finetune.core.kind import Kind
 from finetune.core.shapes import covering
 from finetune.data.batches import Batches
-from finetune.data.encodings import Encodings, image_key
+from finetune.data.encodings import Encodings, Orientations, image_key
 from finetune.data.order import Slot
 from finetune.data.pixels import Images
 from finetune.data.store import key
@@ -18,6 +17,8 @@ from finetune.data.store import key
 
 class EncodedBatches(Batches):
     """Makes a micro-batch of its slots. A latent is drawn from its image's posterior, as a stream of its own."""
+
+    conditional, cut = True, "center"
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class EncodedBatches(Batches):
             seed,
             num_train_timesteps,
             timestep_sampling,
-            "center",
+            self.cut,
             random_flip,
             condition_dropout=condition_dropout,
             noise_offset=noise_offset,
@@ -45,8 +46,6 @@ class EncodedBatches(Batches):
         self.sized = encodings.encoders.sized
         assert images.captions is not None
         self.captions = images.captions
-
-    conditional = True
 
     def shape(self, image: int) -> tuple[int, ...]:
         return self.posteriors[self.images.shape(image)].fields["mean"]
@@ -57,22 +56,32 @@ class EncodedBatches(Batches):
         latents = torch.empty(len(slots), *shape)
         for place, slot in enumerate(slots):
             posterior = self._posterior(slot.image, self.flipped(slot))
-            draw = randomness.noise(self.seed, slot.epoch, slot.position, shape, "posterior")
-            latents[place] = posterior["mean"] + posterior["std"] * draw
+            latents[place] = posterior["mean"] + posterior["std"] * self.draw(slot)
         return {"latents": latents}
+
+    def draw(self, slot: Slot) -> torch.Tensor:
+        """What the latent of a slot is drawn with, standard normal (c, h, w)."""
+        return randomness.noise(self.seed, slot.epoch, slot.position, self.shape(slot.image), "posterior")
 
     def conditions(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
         """What the network is told: embeddings of a caption of each image, and sizes where the model reads them."""
         told = self._embedded([self.captions.drawn(self.seed, slot) for slot in slots])
-        return told | self._time_ids([(slot.image, self.flipped(slot)) for slot in slots])
+        return told | self._time_ids([self.size_of(slot) for slot in slots])
 
     def shown(self, images: list[int], dropped: bool) -> dict[str, torch.Tensor]:
         """Means of the posteriors, with the first caption of each image or without."""
-        means = torch.stack([self._posterior(index, False)["mean"] for index in images])
         told = self._embedded([self.captions.first(index) for index in images])
-        told |= self._time_ids([(index, False) for index in images])
-        dtype = torch.get_default_dtype()
-        return {"latents": means.to(dtype), **told, "dropped": torch.full((len(images),), dropped)}
+        told |= self._time_ids([size_and_crop(self.images, index, False) for index in images])
+        return {**self.means(images), **told, "dropped": torch.full((len(images),), dropped)}
+
+    def means(self, images: list[int]) -> dict[str, torch.Tensor]:
+        """What is noised of images that are shown: latents, (b, c, h, w)."""
+        means = torch.stack([self._posterior(index, False)["mean"] for index in images])
+        return {"latents": means.to(torch.get_default_dtype())}
+
+    def size_of(self, slot: Slot) -> list[int]:
+        """What SDXL is told of the size and the crop of a slot's image."""
+        return size_and_crop(self.images, slot.image, self.flipped(slot))
 
     def _posterior(self, image: int, flipped: bool) -> dict[str, torch.Tensor]:
         return self.posteriors[self.images.shape(image)].read(image_key(self.images, image, flipped))
@@ -82,22 +91,41 @@ class EncodedBatches(Batches):
         dtype = torch.get_default_dtype()
         return {name: torch.stack([entry[name] for entry in entries]).to(dtype) for name in self.embeddings.fields}
 
-    def _time_ids(self, images: list[tuple[int, bool]]) -> dict[str, torch.Tensor]:
+    def _time_ids(self, sizes: list[list[int]]) -> dict[str, torch.Tensor]:
         """SDXL's size and crop of each image; none for models that are not told them."""
-        if not self.sized:
-            return {}
-        return {"time_ids": torch.tensor([size_and_crop(self.images, *image) for image in images])}
+        return {"time_ids": torch.tensor(sizes)} if self.sized else {}
 
 
-def size_and_crop(images: Images, index: int, flipped: bool) -> list[int]:
+class CroppedBatches(EncodedBatches):
+    """Of random crops, which no cache can hold: what the model encodes and draws their latents with."""
+
+    cut = "random"
+
+    def content(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
+        """What the model makes latents of: images, uint8 (b, C, H, W), and the draws of their posteriors."""
+        return {"images": self.read_images(slots), "posterior": torch.stack([self.draw(slot) for slot in slots])}
+
+    def means(self, images: list[int]) -> dict[str, torch.Tensor]:
+        """What the model makes the means of posteriors of: centres, which are not deviated from."""
+        centers = self.centers(images)
+        return {"images": centers, "posterior": torch.zeros(len(images), *self.shape(images[0]))}
+
+    def size_of(self, slot: Slot) -> list[int]:
+        return size_and_crop(self.images, slot.image, self.flipped(slot), self.corner(slot))
+
+
+def size_and_crop(images: Images, index: int, flipped: bool, corner: tuple[int, int] | None = None) -> list[int]:
     """Original height and width, top and left of the crop, target height and width, of an image.
 
     The target is the image's own shape. The corner is where the crop lies in the picture that is scaled to cover it,
     and for a mirrored one in the mirrored picture.
+
+    Args:
+        corner: top and left before the crop is mirrored; None: of the centre.
     """
     (width, height), shape = images.original_size(index), images.shape(index)
     across, down = covering(width, height, shape)
-    left, top = (across - shape.width) // 2, (down - shape.height) // 2
+    top, left = corner or ((down - shape.height) // 2, (across - shape.width) // 2)
     return [height, width, top, across - shape.width - left if flipped else left, *shape]
 
 
@@ -105,13 +133,14 @@ def make_batches(config: Config, kind: Kind, images: Images, encodings: Encoding
     """The batches of some images: of their encodings for a model of latents, else of their pixels.
 
     Args:
-        encodings: of these images; None for a model of pixels.
+        encodings: of these images, or of their captions alone where crops are random; None for a model of pixels.
     """
     data, training = config.data, config.training
     drawn = config.seed, kind.noise_scheduler.config.num_train_timesteps, training.timestep_sampling
     dropout, offset = training.condition_dropout, training.noise_offset
     if encodings is not None:
-        return EncodedBatches(images, encodings, *drawn, data.random_flip, dropout, offset)
+        made = EncodedBatches if encodings.have(images) else CroppedBatches
+        return made(images, encodings, *drawn, data.random_flip, dropout, offset)
     labels = images.classes(kind.class_names) if kind.class_names else None
     return Batches(images, *drawn, data.crop, data.random_flip, labels, dropout, offset)
 
@@ -123,17 +152,13 @@ def find_encodings(
 
     Returns:
         None for a model of pixels.
-
-    Raises:
-        UserError: for random crops, which would have to be encoded while the model is trained.
     """
     encoders = kind.encoders()
     if encoders is None:
         return None
-    if config.data.crop != "center":
-        raise UserError(
-            f"data.crop: found {config.data.crop} with a model of latents, whose images are encoded once, before "
-            "training; expected center"
-        )
-    parts = [(images, config.data.random_flip), *([(held_out, False)] if held_out else [])]
+    parts: list[tuple[Images, Orientations]] = [(images, (False, True) if config.data.random_flip else (False,))]
+    if kind.crop_encoder is not None:
+        parts = [(images, ())]  # their captions alone
+    if held_out is not None:
+        parts.append((held_out, (False,)))
     return Encodings(encoders, parts, prompts)

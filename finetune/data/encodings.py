@@ -23,15 +23,18 @@ from finetune.data.pieces import Piece, make_pieces, pieces_of
 from finetune.data.pixels import Images, Pixels
 from finetune.data.store import Store, key
 
+Orientations = Sequence[bool]  # of an image: whether it is mirrored
+
 
 class Encodings:
     """The encodings that a run needs, in the cache or still to be made."""
 
-    def __init__(self, encoders: Encoders, parts: Sequence[tuple[Images, bool]], prompts: Iterable[str]):
+    def __init__(self, encoders: Encoders, parts: Sequence[tuple[Images, Orientations]], prompts: Iterable[str]):
         """Find out what is there; encodes nothing.
 
         Args:
-            parts: images with captions, and whether each is also needed flipped.
+            parts: images with captions, and the orientations that each is needed in: none where the model encodes
+                random crops of them itself, while it is trained.
             prompts: further texts; the empty one is always among them.
         """
         self.encoders, self.parts = encoders, parts
@@ -51,15 +54,19 @@ class Encodings:
         for store in (*self.posteriors.values(), self.embeddings):
             store.scan()
         images: dict[bytes, Oriented] = {}
-        for pictures, flips in self.parts:
+        for pictures, orientations in self.parts:
             for index in range(len(pictures)):
-                for flipped in (False, True)[: 1 + flips]:
+                for flipped in orientations:
                     images.setdefault(image_key(pictures, index, flipped), Oriented(pictures, index, flipped))
         self.needed = Counter(image.shape for image in images.values())
         self.missing_images = {
             name: image for name, image in images.items() if name not in self.posteriors[image.shape].places
         }
         self.missing_texts = {key(text): text for text in self.texts if key(text) not in self.embeddings.places}
+
+    def have(self, images: Images) -> bool:
+        """Whether these are images that are encoded, and not random crops of them by the model."""
+        return any(pictures is images and bool(orientations) for pictures, orientations in self.parts)
 
     @property
     def missing_bytes(self) -> int:

@@ -145,8 +145,8 @@ def sample_each(
         for chunk in rounds(len(names), accelerator, shapes):
             if chunk is not None:
                 shape = shapes[chunk[0]]
-                clean, _ = kind.inputs(kind.example(1, shape))
-                x = torch.stack([noise(seed, 0, index, clean.shape[1:], purpose) for index in chunk])
+                noised = tuple(kind.example(1, shape)["noise"].shape[1:])
+                x = torch.stack([noise(seed, 0, index, noised, purpose) for index in chunk])
                 x = x.to(accelerator.device)
             for timestep in ddim.timesteps:
                 check()

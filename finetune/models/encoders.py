@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 
 from finetune.core.kind import Fields
 from finetune.core.shapes import Shape
@@ -18,11 +19,19 @@ _TEXTS = 16  # encoded at once
 class PipelineEncoders:
     """What a Stable Diffusion pipeline encodes images and captions with; see `core.kind.Encoders`."""
 
-    def __init__(self, folder: Folder):
-        self.folder, self.sized = folder, folder.sized
+    def __init__(self, folder: Folder, crop_encoder: ModelMixin | None = None):
+        """
+        Args:
+            crop_encoder: the VAE on the meta device, where random crops are encoded while updates run.
+        """
+        self.folder, self.sized, self.crop_encoder = folder, folder.sized, crop_encoder
         vae = folder.config("vae")
         self.factor = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels a side of one latent pixel
         self.channels, self.latent_channels = vae["in_channels"], vae["latent_channels"]
+        self._scale = float(vae.get("scaling_factor", 0.18215))
+        # Of a channel, where the VAE names them.
+        named = vae.get("latents_mean"), vae.get("latents_std")
+        self._statistics = None if None in named else [torch.tensor(values).view(1, -1, 1, 1) for values in named]
         self.text_chunk = _TEXTS
         self.tokenizers = [folder.load_tokenizer(part) for part in folder.tokenizers]
         configs = [folder.config(part) for part in folder.text_encoders]
@@ -38,6 +47,20 @@ class PipelineEncoders:
     def latents(self, shape: Shape) -> tuple[int, int, int]:
         """(c, h, w) of the latents of an image of a shape, whose sides `factor` divides."""
         return self.latent_channels, shape.height // self.factor, shape.width // self.factor
+
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the UNet sees them."""
+        if self._statistics is None:
+            return latents * self._scale
+        mean, std = (values.to(latents) for values in self._statistics)
+        return (latents - mean) / std * self._scale
+
+    def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the VAE encodes and decodes them, of what the UNet sees."""
+        if self._statistics is None:
+            return latents / self._scale
+        mean, std = (values.to(latents) for values in self._statistics)
+        return latents / self._scale * std + mean
 
     def image_fields(self, shape: Shape) -> Fields:
         """Mean and standard deviation of an image's posterior."""
@@ -56,23 +79,31 @@ class PipelineEncoders:
         for part in ("vae", *self.folder.text_encoders):
             self.folder.load(part)
 
-    @torch.no_grad()
     def images(self, pixels: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
         """Mean and standard deviation of the posteriors of uint8 (b, C, H, W), each (b, c, h, w), not scaled."""
-        if self._vae is None:
-            self._vae = self.folder.load("vae").to(device)
-        with _in_float32(device):
-            posterior = self._vae.encode(pixels.to(device).float() / 127.5 - 1.0).latent_dist
-        return {"mean": posterior.mean.cpu(), "std": posterior.std.cpu()}
+        return {name: moment.cpu() for name, moment in self.encode(pixels.to(device)).items()}
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same where the pixels are, `image_chunk` of them at a time, so that more take no more memory."""
+        vae: Any = self.crop_encoder if pixels.is_meta else self._loaded_vae(pixels.device)
+        parts = pixels.split(self.image_chunk(Shape(*pixels.shape[2:])))
+        with _in_float32(pixels.device):
+            posteriors = [vae.encode(part.float() / 127.5 - 1.0).latent_dist for part in parts]
+        return {name: torch.cat([getattr(one, name) for one in posteriors]) for name in ("mean", "std")}
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Images of latents that are not scaled, (b, C, H, W): one at a time, which takes the least memory."""
+        vae = self._loaded_vae(device)
+        with _in_float32(device):
+            images = [vae.decode(latent[None].float()).sample for latent in latents]
+        return torch.cat(images)
+
+    def _loaded_vae(self, device: torch.device) -> Any:
         if self._vae is None:
             self._vae = self.folder.load("vae").to(device)
-        with _in_float32(device):
-            images = [self._vae.decode(latent[None].float()).sample for latent in latents]
-        return torch.cat(images)
+        return self._vae
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
@@ -97,8 +128,10 @@ class PipelineEncoders:
         return [text for text, *over in zip(texts, *longest, strict=True) if any(over)] if texts else []
 
     def free(self) -> None:
-        """Release the encoders' memory."""
-        self._vae = self._prompter = None
+        """Release the encoders' memory; a VAE that encodes random crops stays."""
+        self._prompter = None
+        if self.crop_encoder is None:
+            self._vae = None
 
 
 def bare_pipeline(folder: Folder, **parts: Any) -> Any:
@@ -116,7 +149,8 @@ def bare_pipeline(folder: Folder, **parts: Any) -> Any:
 @contextmanager
 def _in_float32(device: torch.device) -> Iterator[None]:
     """Without the autocast of mixed precision: an entry of the cache does not depend on the launch."""
-    with torch.autocast(device.type, enabled=False):
+    autocast = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
         yield
 
 

@@ -14,11 +14,14 @@ from finetune.models.text_to_image import StableDiffusionOutline
 from finetune.models.unconditional import UnconditionalOutline
 
 
-def outline_kind(config: ModelConfig, resolution: int | None) -> UnconditionalOutline | StableDiffusionOutline:
+def outline_kind(
+    config: ModelConfig, resolution: int | None, crops: bool = False
+) -> UnconditionalOutline | StableDiffusionOutline:
     """A model without memory for its weights: what it takes can be told before `load(seed)` allocates it.
 
     Args:
         resolution: pixels a side to train at; None: what the model was made for.
+        crops: random ones are trained, which a model of latents then encodes itself.
 
     Raises:
         UserError: one line that names the key, what was found and what was expected.
@@ -30,7 +33,7 @@ def outline_kind(config: ModelConfig, resolution: int | None) -> UnconditionalOu
             "trained beside"
         )
     if folder is not None and str((index := _index(folder)).get("_class_name")) in PIPELINES:
-        return StableDiffusionOutline(config, folder, index, resolution)
+        return StableDiffusionOutline(config, folder, index, resolution, crops)
     if config.lora is not None:
         raise UserError(
             f"model.lora: found it with {config.pretrained}, a model of pixels; expected a StableDiffusionPipeline "
@@ -39,9 +42,9 @@ def outline_kind(config: ModelConfig, resolution: int | None) -> UnconditionalOu
     return UnconditionalOutline(config, folder, resolution)
 
 
-def load_kind(config: ModelConfig, resolution: int | None, seed: int) -> Kind:
+def load_kind(config: ModelConfig, resolution: int | None, seed: int, crops: bool = False) -> Kind:
     """A model with its weights; what it raises are errors of `outline_kind` and of its `load`."""
-    return outline_kind(config, resolution).load(seed)
+    return outline_kind(config, resolution, crops).load(seed)
 
 
 def _index(path: Path) -> dict[str, Any]:

@@ -75,10 +75,10 @@ class LoRA(StableDiffusion):
     def _probe(self) -> tuple[torch.Tensor, Arguments]:
         """Inputs on which two networks are compared, of the fewest latents that the UNet can halve."""
         prompts: list[str | None] = [*[text for text in self.prompts if text][:1]] or [None]
-        clean, _ = self.inputs(self.example(1))
-        side = fewest_pixels(self.network, clean.shape[-1])
+        _, channels, _, width = self.example(1)["noise"].shape
+        side = fewest_pixels(self.network, width)
         generator = torch.Generator().manual_seed(0)
-        noisy = torch.randn(1, clean.shape[1], side, side, generator=generator)
+        noisy = torch.randn(1, channels, side, side, generator=generator)
         return noisy, self.conditions(prompts, torch.device("cpu"))
 
     def usage(self, inference_steps: int) -> str:

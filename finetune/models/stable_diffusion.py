@@ -46,13 +46,8 @@ class StableDiffusion:
         resolution: int,
     ):
         self.folder, self.network, self.noise_scheduler, self.made_for = folder, network, noise_scheduler, made_for
-        self._encoders, self.class_names = encoders, list[str]()
+        self._encoders, self.class_names, self.crop_encoder = encoders, list[str](), encoders.crop_encoder
         self.variant = folder.variant
-        vae = folder.config("vae")
-        self._scale = float(vae.get("scaling_factor", 0.18215))
-        # Of a channel, where the VAE names them.
-        named = vae.get("latents_mean"), vae.get("latents_std")
-        self._statistics = None if None in named else [torch.tensor(values).view(1, -1, 1, 1) for values in named]
         self.image_format = ImageFormat(encoders.channels, resolution)
         self.divisor = encoders.factor * 2 ** (len(network.config.block_out_channels) - 1)
         self._square = Shape(resolution, resolution)
@@ -80,7 +75,14 @@ class StableDiffusion:
             given = batch[name]
             dropped = batch["dropped"].view(-1, *[1] * absent.dim())
             told[name] = torch.where(dropped, absent.to(given.dtype), given)
-        return self._scaled(batch["latents"]), self._arguments(told, batch.get("time_ids"))
+        return self._encoders.scaled(self._latents(batch)), self._arguments(told, batch.get("time_ids"))
+
+    def _latents(self, batch: Batch) -> torch.Tensor:
+        """Those of the batch, or drawn from the posteriors of its images; not scaled."""
+        if "latents" in batch:
+            return batch["latents"]
+        posterior, draw = self._encoders.encode(batch["images"]), batch["posterior"]
+        return posterior["mean"] + posterior["std"] * draw
 
     def conditions(self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None) -> Arguments:
         """The same for prompts that are remembered; None is no caption.
@@ -105,21 +107,10 @@ class StableDiffusion:
             self._absent_on[device] = {name: tensor.to(device) for name, tensor in self.absent.items()}
         return self._absent_on[device]
 
-    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as the UNet sees them; the inverse of what the pipeline's VAE decodes."""
-        if self._statistics is None:
-            return latents * self._scale
-        mean, std = (values.to(latents) for values in self._statistics)
-        return (latents - mean) / std * self._scale
-
     @torch.no_grad()
     def images(self, clean: torch.Tensor) -> torch.Tensor:
         """What the VAE decodes, one at a time: (b, C, H, W), about [-1, 1]; it is loaded until `encoders().free()`."""
-        latents = clean / self._scale
-        if self._statistics is not None:
-            mean, std = (values.to(clean) for values in self._statistics)
-            latents = latents * std + mean
-        return self._encoders.decode(latents, clean.device)
+        return self._encoders.decode(self._encoders.unscaled(clean), clean.device)
 
     def encoders(self) -> PipelineEncoders:
         """The pipeline's VAE and text encoders."""
@@ -134,6 +125,14 @@ class StableDiffusion:
     def example(self, count: int, shape: Shape | None = None) -> dict[str, torch.Tensor]:
         """A batch of `count` blank images without captions, on the CPU: of a shape, or of the largest area."""
         shape = shape or max(self.shapes, key=lambda shape: shape.area)
+        blank = self.encoded_example(count, shape)
+        if self.crop_encoder is None:
+            return blank
+        pixels = torch.zeros(count, self.image_format.channels, *shape, dtype=torch.uint8)
+        return {"images": pixels, "posterior": blank.pop("latents"), **blank}
+
+    def encoded_example(self, count: int, shape: Shape) -> dict[str, torch.Tensor]:
+        """The same of images that are encoded already, which needs no VAE."""
         blank = {name: torch.zeros(count, *field) for name, field in self._encoders.text_fields.items()}
         blank |= {name: torch.zeros(count, *self._encoders.latents(shape)) for name in ("latents", "noise")}
         if self._encoders.sized:
@@ -199,6 +198,7 @@ class StableDiffusion:
 def check_shape(kind: StableDiffusion, shape: Shape) -> None:
     """Raises UserError if the UNet cannot take the latents of pictures of a shape."""
     with torch.device("meta"):
-        clean, conditions = kind.inputs({name: tensor.to("meta") for name, tensor in kind.example(1, shape).items()})
+        example = {name: tensor.to("meta") for name, tensor in kind.encoded_example(1, shape).items()}
+        clean, conditions = kind.inputs(example)
     problem = f"model: the UNet of {kind.folder.name} cannot denoise the latents of images of {shape} pixels"
     check_forward(kind.without_memory(), clean, conditions, problem)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
@@ -23,14 +23,16 @@ class StableDiffusionOutline:
     Attributes:
         network: of these shapes, with the adapters that `config.lora` asks for; the weights that are trained require
             gradients.
+        crop_encoder: the VAE, where it encodes random crops while updates run; else None.
     """
 
-    def __init__(self, config: ModelConfig, path: Path, index: dict[str, Any], resolution: int | None):
+    def __init__(self, config: ModelConfig, path: Path, index: dict[str, Any], resolution: int | None, crops: bool):
         """
         Args:
             path: the pipeline's folder.
             index: its model_index.json.
             resolution: pixels a side to train at; None: what the model was made for.
+            crops: random ones are trained, which cannot be encoded before.
 
         Raises:
             UserError: one line that names the key, what was found and what was expected.
@@ -49,7 +51,9 @@ class StableDiffusionOutline:
         self.noise_scheduler = build_noise_scheduler(settings | {"clip_sample": False}, config.noise_scheduler)
         where = f"model.pretrained: {path / 'unet/config.json'}"
         self.network = outline(UNet2DConditionModel, self.folder.config("unet"), where)
-        self.factor = 2 ** (len(self.folder.config("vae")["block_out_channels"]) - 1)
+        vae = self.folder.config("vae")
+        self.factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.crop_encoder = _outlined_vae(vae, path) if crops else None
         side = own_resolution(self.network.config.sample_size)
         self.made_for = side and side * self.factor
         self.resolution = _checked_resolution(resolution or self.made_for, self.factor, self.network)
@@ -68,7 +72,7 @@ class StableDiffusionOutline:
         half = self.dtype != torch.float32
         network = self.folder.load("unet", self.dtype if half else torch.get_default_dtype())
         network.register_to_config(sample_size=self.resolution // self.factor)
-        encoders = PipelineEncoders(self.folder)
+        encoders = PipelineEncoders(self.folder, self.crop_encoder)
         encoders.check()
         if self.config.lora is None:
             self.folder.load_checker()  # which the export will need
@@ -80,6 +84,12 @@ class StableDiffusionOutline:
         kind = StableDiffusion(*parts) if self.config.lora is None else LoRA(self.config.lora, seed, *parts)
         _check_network(kind)
         return kind
+
+
+def _outlined_vae(config: dict[str, Any], path: Path) -> AutoencoderKL:
+    """The VAE on the meta device, in float32 as it is loaded whatever torch's default."""
+    vae = outline(AutoencoderKL, config, f"model.pretrained: {path / 'vae/config.json'}").requires_grad_(False)
+    return torch.nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns
 
 
 def _checked_resolution(resolution: int | None, factor: int, network: UNet2DConditionModel) -> int:
@@ -124,6 +134,6 @@ def _check_unet(network: UNet2DConditionModel, encoders: PipelineEncoders, folde
 
 def _check_network(kind: StableDiffusion) -> None:
     check_shape(kind, kind.shapes[0])
-    clean, conditions = kind.inputs(kind.example(2))
+    clean, conditions = kind.inputs(kind.encoded_example(2, kind.shapes[0]))
     side = fewest_pixels(kind.network, clean.shape[-1])
     check_finite(kind.network, kind.noise_scheduler, clean[:, :, :side, :side], conditions)

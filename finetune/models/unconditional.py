@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 
 from finetune.config.inputs import ModelConfig
 from finetune.core.kind import Arguments, Batch, Encoders, ImageFormat
@@ -46,6 +46,7 @@ class Unconditional:
     """
 
     conditional = captioned = False
+    crop_encoder: ModelMixin | None = None
     export_name = "pipeline"
 
     def __init__(
@@ -131,7 +132,10 @@ class UnconditionalOutline:
 
     Attributes:
         network: of these shapes.
+        crop_encoder: None, since crops are trained on as they are.
     """
+
+    crop_encoder: ModelMixin | None = None
 
     def __init__(self, config: ModelConfig, folder: Path | None, resolution: int | None):
         """

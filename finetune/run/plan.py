@@ -10,12 +10,13 @@ from finetune.config.schema import Config
 from finetune.core.batch import BatchLayout, window_range, windows_per_epoch
 from finetune.core.kind import Kind
 from finetune.core.shapes import Shape
+from finetune.core.sharding import held_bytes
 from finetune.data.encodings import Encodings
 from finetune.data.order import WindowSampler
 from finetune.data.pixels import Images
 from finetune.run.report import table
 from finetune.run.state import Length
-from finetune.training.compute import has_bf16, with_prefix
+from finetune.training.compute import encoding_flops, has_bf16, with_prefix
 from finetune.training.optim import highest_rate
 from finetune.training.soundness import layout_dependent_layers
 
@@ -89,10 +90,17 @@ def plan(
     return "\n".join([rows, *filter(None, surprises)])
 
 
-def data_notes(images: Images, held_out: Images | None, encodings: Encodings | None) -> list[str]:
+def data_notes(kind: Kind, images: Images, held_out: Images | None, encodings: Encodings | None) -> list[str]:
     """What the plan says of the data, each line once."""
     sources = [source for source in (images, held_out, encodings) if source is not None]
-    return list(dict.fromkeys(note for source in sources for note in source.notes))
+    notes = list(dict.fromkeys(note for source in sources for note in source.notes))
+    if kind.crop_encoder is not None:
+        megabytes = held_bytes(kind.crop_encoder.parameters()) / 1e6
+        notes.append(
+            f"random crops are encoded in the loop: {with_prefix(encoding_flops(kind, images.shapes))}FLOP an image by "
+            f"{megabytes:.1f} MB of weights that stay in memory; data.crop=center encodes images once, before training"
+        )
+    return notes
 
 
 def _shares(config: Config, layout: BatchLayout) -> str:

@@ -17,8 +17,9 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def flops_per_image(kind: Kind, images: Mapping[Shape, int] | None = None) -> int:
     """Floating-point operations of one image through the network, forward and backward, by torch's counter.
 
-    A multiplication and an addition are two. Counted on tensors without memory, so that nothing goes through the
-    network itself; what gradient checkpointing computes again is not counted.
+    Where random crops are encoded in the loop, that is counted too. A multiplication and an addition are two. Counted
+    on tensors without memory, so that nothing goes through the network itself; what gradient checkpointing computes
+    again is not counted.
 
     A count takes a second or two for Stable Diffusion's UNet, so that of many shapes three are counted: convolutions
     are linear in an image's area, attention is quadratic.
@@ -26,11 +27,22 @@ def flops_per_image(kind: Kind, images: Mapping[Shape, int] | None = None) -> in
     Args:
         images: how many there are of each shape, for the mean over them; None: one of the first shape.
     """
-    counts = images or {kind.shapes[0]: 1}
+    return _mean(images or {kind.shapes[0]: 1}, lambda shape: _flops(kind, shape)) + encoding_flops(kind, images)
+
+
+def encoding_flops(kind: Kind, images: Mapping[Shape, int] | None = None) -> int:
+    """Of these, the operations that encode a random crop; 0 where images are encoded before, or not at all."""
+    if kind.crop_encoder is None:
+        return 0
+    return _mean(images or {kind.shapes[0]: 1}, lambda shape: _encoding_flops(kind, shape))
+
+
+def _mean(counts: Mapping[Shape, int], flops_of: Callable[[Shape], int]) -> int:
+    """The mean over so many images of each shape, of which three are asked for."""
     shapes = {shape.area: shape for shape in counts}
     areas = sorted(shapes)
     counted = [*dict.fromkeys((areas[0], areas[len(areas) // 2], areas[-1]))]
-    flops = [_flops(kind, shapes[area]) for area in counted]
+    flops = [flops_of(shapes[area]) for area in counted]
     of_area = Polynomial.fit(counted, flops, len(counted) - 1) if len(counted) > 1 else Polynomial(flops)
     return round(sum(count * of_area(shape.area) for shape, count in counts.items()) / sum(counts.values()))
 
@@ -38,11 +50,20 @@ def flops_per_image(kind: Kind, images: Mapping[Shape, int] | None = None) -> in
 def _flops(kind: Kind, shape: Shape) -> int:
     network = kind.without_memory()
     with torch.device("meta"):
-        example = {name: tensor.to("meta") for name, tensor in kind.example(1, shape).items()}
-        clean, conditions = kind.inputs(example)
+        clean, conditions = kind.inputs(_example(kind, shape))
         with FlopCounterMode(display=False) as counter:
             network(clean, torch.zeros(1, dtype=torch.long), **conditions).sample.sum().backward()
     return counter.get_total_flops()
+
+
+def _encoding_flops(kind: Kind, shape: Shape) -> int:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        kind.inputs(_example(kind, shape))
+    return counter.get_total_flops()
+
+
+def _example(kind: Kind, shape: Shape) -> dict[str, Tensor]:
+    return {name: tensor.to("meta") for name, tensor in kind.example(1, shape).items()}
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from finetune.core.failures import is_out_of_memory
 from finetune.core.kind import Kind
 from finetune.core.sharding import gathered_bytes, held_bytes, is_sharded
 from finetune.training.host_memory import forget_peak, free_memory, peak_memory, resident_memory
-from finetune.training.trial_pass import activation_bytes, forward, unchanged
+from finetune.training.trial_pass import activation_bytes, forward, inputs, unchanged
 
 T = TypeVar("T")
 LESS_PER_IMAGE = "a smaller data.resolution, model.gradient_checkpointing, or mixed precision"
@@ -31,17 +31,23 @@ def weight_bytes(kind: Kind) -> int:
     return held_bytes(kind.trainable().values())
 
 
-def state_bytes(network: torch.nn.Module, averaged: bool) -> int:
+def state_bytes(network: torch.nn.Module, averaged: bool, crop_encoder: torch.nn.Module | None = None) -> int:
     """Bytes that a process holds throughout: weights, gradients, AdamW's two moments, and the moving average.
 
     Frozen weights count once: they have neither gradients nor moments. Of a sharded network a process holds its part.
     """
     more = 4 if averaged else 3
-    return sum(held_bytes([each]) * (1 + more * each.requires_grad) for each in network.parameters())
+    weights = [*network.parameters(), *(() if crop_encoder is None else crop_encoder.parameters())]
+    return sum(held_bytes([each]) * (1 + more * each.requires_grad) for each in weights)
 
 
 def state_plan(
-    accelerator: Accelerator, outline: torch.nn.Module, num_processes: int, averaged: bool, shard: bool = False
+    accelerator: Accelerator,
+    outline: torch.nn.Module,
+    num_processes: int,
+    averaged: bool,
+    shard: bool = False,
+    crop_encoder: torch.nn.Module | None = None,
 ) -> str:
     """What training will hold throughout, said before any of it is allocated.
 
@@ -49,12 +55,16 @@ def state_plan(
         outline: the network on the meta device.
         num_processes: that share the memory of a CPU.
         shard: each of them holds its share; while the network is loaded, on the CPU, each holds all of its weights.
+        crop_encoder: what encodes random crops, on the meta device; each process holds all of it.
 
     Raises:
         UserError: if that alone is more than is free.
     """
     shares, device = num_processes if shard else 1, accelerator.device
-    state = most = -(-state_bytes(outline, averaged) // shares)
+    state, held = -(-state_bytes(outline, averaged) // shares), "weights, gradients, optimizer and average"
+    if crop_encoder is not None:
+        state, held = state + held_bytes(crop_encoder.parameters()), f"{held}, and the encoder of random crops,"
+    most = state
     if device.type == "cpu":
         most = max(state, held_bytes(outline.parameters()))
     if device.type == "cpu":
@@ -66,12 +76,12 @@ def state_plan(
     parameters = sum(parameter.numel() for parameter in outline.parameters())
     if most > free:
         raise UserError(
-            f"model: found {parameters / 1e6:.2f} M parameters, whose weights, gradients, optimizer and average take "
+            f"model: found {parameters / 1e6:.2f} M parameters, whose {held} take "
             f"{most / 1e6:,.0f} MB a process, and {free / 1e6:,.0f} MB free on {device}; choose a smaller model, or a "
             "machine with more memory"
         )
     return (
-        f"Model: {parameters / 1e6:.2f} M parameters; weights, gradients, optimizer and average will take "
+        f"Model: {parameters / 1e6:.2f} M parameters; {held} will take "
         f"{state / 1e6:,.0f} MB a process{f', 1/{shares} of it all' if shares > 1 else ''} (--check measures the rest)"
     )
 
@@ -88,6 +98,8 @@ class Trials:
         self.accelerator, self.kind, self.averaged = accelerator, kind, averaged
         self.device = accelerator.device
         self.on_cpu = self.device.type == "cpu"
+        if kind.crop_encoder is not None:
+            _within_memory(lambda: inputs(kind, 1))  # loads the encoder, which is held throughout like the network
         self.earlier_peak = forget_peak()
         if self.device.type in ("cuda", "xpu"):
             torch.accelerator.empty_cache()
@@ -175,7 +187,7 @@ def memory_plan(accelerator: Accelerator, kind: Kind, layout: BatchLayout, avera
         return trials
 
     peak = together(try_update).peak()
-    state, image = state_bytes(kind.network, averaged), activation_bytes(kind)
+    state, image = state_bytes(kind.network, averaged, kind.crop_encoder), activation_bytes(kind)
     total, how = (state + size * image, "by calculation") if peak is None else (peak, "measured in a trial update")
     where = "" if accelerator.device.type == "cpu" else f" of {accelerator.device.type} memory"
     return (

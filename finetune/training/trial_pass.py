@@ -5,16 +5,20 @@ from contextlib import contextmanager
 
 import torch
 
-from finetune.core.kind import Kind
+from finetune.core.kind import Arguments, Kind
 from finetune.core.sharding import is_sharded, local
+
+
+def inputs(kind: Kind, count: int) -> tuple[torch.Tensor, Arguments]:
+    """What the network is given of `count` blank images, on its device; loads what encodes random crops."""
+    device = next(kind.network.parameters()).device
+    return kind.inputs({name: tensor.to(device) for name, tensor in kind.example(count).items()})
 
 
 def forward(kind: Kind, count: int) -> torch.Tensor:
     """The network's output for `count` blank images at timestep 0."""
-    device = next(kind.network.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in kind.example(count).items()}
-    clean, conditions = kind.inputs(batch)
-    timesteps = torch.zeros(count, dtype=torch.long, device=device)
+    clean, conditions = inputs(kind, count)
+    timesteps = torch.zeros(count, dtype=torch.long, device=clean.device)
     return kind.network(clean, timesteps, **conditions).sample
 
 

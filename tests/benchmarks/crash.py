@@ -20,9 +20,9 @@ from table import head, row
 
 from finetune.run import checkpoint
 from harness.compare import differing, history
-from harness.configs import KINDS, evaluated_config, of_kind, write_config, write_pictures
+from harness.configs import KINDS, crop_of, evaluated_config, of_kind, write_config, write_pictures
 from harness.processes import Outcome, start, start_two
-from harness.shapes import SHAPES, crop_of, write_shapes
+from harness.shapes import SHAPES, write_shapes
 
 EPOCHS, STEPS = 10, 30  # of 8 + 8 + 1 images
 

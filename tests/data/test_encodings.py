@@ -14,13 +14,14 @@ from finetune.core import randomness
 from finetune.core.errors import UserError
 from finetune.core.shapes import Shape
 from finetune.data.captions import Captions
-from finetune.data.encoded_batches import EncodedBatches, size_and_crop
+from finetune.data.encoded_batches import CroppedBatches, EncodedBatches, size_and_crop
 from finetune.data.encodings import Encodings, image_key
 from finetune.data.order import Slot
 from finetune.data.pieces import make_pieces
 from finetune.data.pixels import FEATURES, SHAPED_FEATURES, Images, Original, pixel_row, shaped_row
 from finetune.data.store import Store, key
 from harness.batches import as_images
+from harness.batches import batches as pixel_batches
 
 ARRAYS = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
 TEXTS = [["a"], ["b", "c"], ["a"], ["d"], ["e"]]
@@ -79,7 +80,7 @@ def images(arrays=ARRAYS, texts=TEXTS):
 
 
 def find(encoders=None, pictures=None, flips=False, prompts=()):
-    return Encodings(encoders or Halving(), [(pictures or images(), flips)], prompts)
+    return Encodings(encoders or Halving(), [(pictures or images(), (False, True)[: 1 + flips])], prompts)
 
 
 def made(accelerator, **options):
@@ -389,3 +390,85 @@ def test_sdxl_is_told_the_target_of_each_picture(width, height, flipped, expecte
     row = shaped_row(np.zeros((2, 8, 1), np.uint8), Original(width, height, colour=False), Shape(2, 8))
     table = datasets.Dataset.from_list([row], features=SHAPED_FEATURES)
     assert size_and_crop(Images(table, np.arange(1), 1, 4), 0, flipped) == expected
+
+
+COLUMNS = np.broadcast_to(np.arange(7, dtype=np.uint8)[:, None], (4, 7, 1))  # a pixel's value is its column
+SLOTS = [Slot(1, epoch, position, 1.0) for epoch in range(3) for position in range(40)]
+
+
+def cropped(accelerator, encoders, arrays, original, **options):
+    """Batches of random crops of 4 x 4 pixels, of five pictures that were of another size before."""
+    rows = [pixel_row(array, Original(*original, colour=False)) for array in arrays]
+    table = datasets.Dataset.from_list(rows, features=FEATURES)
+    pictures = Images(table, np.arange(len(arrays)), 1, 4, captions=Captions.of(TEXTS[: len(arrays)]))
+    encodings = Encodings(encoders, [(pictures, ())], [])
+    encodings.make(accelerator)
+    settings = {"random_flip": True, "condition_dropout": 0.25, **options}
+    return CroppedBatches(pictures, encodings, 7, 100, "stratified", **settings)
+
+
+def test_random_crops_are_left_to_the_model_with_the_draws_that_latents_would_have(accelerator):
+    """Pixels as a model of pixels gets them; all else as with encodings; of images nothing is encoded."""
+    encoders = Halving()
+    made_of = cropped(accelerator, encoders, [COLUMNS] * 5, (14, 8))
+    assert encoders.work == [4, 4]  # six texts
+    batch = made_of.__getitems__(SLOTS[:40])
+    pixels = pixel_batches(made_of.images, 7, "random", flip=True)
+    assert torch.equal(batch["images"], pixels.read_images(SLOTS[:40]))
+    draws = [randomness.noise(7, 0, position, (1, 4, 2), "posterior") for position in range(40)]
+    assert torch.equal(batch["posterior"], torch.stack(draws))
+    encoded = batches(made(accelerator), random_flip=True, condition_dropout=0.25)
+    encoded.flipped = lambda slot: False  # of which there are no entries
+    expected = encoded.__getitems__(SLOTS[:40])
+    assert batch.keys() - {"images", "posterior"} == expected.keys() - {"latents"}
+    assert all(torch.equal(batch[name], expected[name]) for name in expected.keys() - {"latents"})
+
+
+def test_another_position_or_epoch_is_another_crop(accelerator):
+    """A crop of 4 columns of 7 starts in one of 4; each slot's is drawn, the same whoever asks."""
+    made_of = cropped(accelerator, Halving(), [COLUMNS] * 5, (14, 8), random_flip=False)
+    corners = [int(made_of.__getitems__([slot])["images"][0, 0, 0, 0]) for slot in SLOTS]
+    expected = [int(4 * randomness.uniform(7, "crop", slot.epoch, slot.position, 2)[1]) for slot in SLOTS]
+    assert corners == expected
+    assert {*corners} == {0, 1, 2, 3}
+    assert corners[:40] != corners[40:80]
+
+
+def test_sdxl_is_told_the_corner_of_each_random_crop(accelerator):
+    """14 x 8 becomes 7 x 4. What the pixels show: a mirrored picture has column 6 - c where the other one has c."""
+    encoders = Halving()
+    encoders.sized = True
+    made_of = cropped(accelerator, encoders, [COLUMNS] * 5, (14, 8))
+    batch = made_of.__getitems__(SLOTS[:40])
+    flips = [made_of.flipped(slot) for slot in SLOTS[:40]]
+    first = batch["images"][:, 0, 0, 0].tolist()
+    lefts = [6 - column if flipped else column for column, flipped in zip(first, flips, strict=True)]
+    assert batch["time_ids"].tolist() == [[8, 14, 0, left, 4, 4] for left in lefts]
+    assert {*zip(lefts, flips, strict=True)} == {(left, flip) for left in range(4) for flip in (False, True)}
+    # 8 x 14 becomes 4 x 7: the crop starts in one of four rows
+    made_of = cropped(accelerator, encoders, [COLUMNS.transpose(1, 0, 2)] * 5, (8, 14))
+    batch = made_of.__getitems__(SLOTS[:40])
+    assert batch["time_ids"].tolist() == [[14, 8, top, 0, 4, 4] for top in batch["images"][:, 0, 0, 0].tolist()]
+    assert len(batch["time_ids"].unique(dim=0)) == 4
+
+
+def test_images_that_are_cropped_at_random_are_shown_by_their_centres(accelerator):
+    """Columns 1 to 4 of 7, drawn from their posteriors without deviation, and told as a crop at the centre."""
+    encoders = Halving()
+    encoders.sized = True
+    shown = cropped(accelerator, encoders, [COLUMNS] * 5, (14, 8)).shown([1, 3], dropped=False)
+    assert shown["images"].tolist() == [[[[1, 2, 3, 4]] * 4]] * 2
+    assert torch.equal(shown["posterior"], torch.zeros(2, 1, 4, 2))
+    assert shown["time_ids"].tolist() == [[8, 14, 0, 1, 4, 4]] * 2
+    assert shown["text"][:, 0, 0].tolist() == [ord("b"), ord("d")]
+
+
+def test_held_out_images_of_a_run_with_random_crops_are_encoded(accelerator):
+    """From their centres, each once and not mirrored, with the captions of all."""
+    trained, held = images(ARRAYS[:3]), images(np.stack([COLUMNS, COLUMNS + 1]))
+    encodings = Encodings(Halving(), [(trained, ()), (held, (False,))], [])
+    encodings.make(accelerator)
+    assert encodings.needed == {Shape(4, 4): 2}
+    assert (encodings.have(trained), encodings.have(held)) == (False, True)
+    shown = batches(encodings, held).shown([0, 1], dropped=False)
+    assert torch.equal(shown["latents"][:, 0, 0], torch.tensor([[1.0, 2.0], [2.0, 3.0]]) / 255)

@@ -50,6 +50,11 @@ PIPELINES = {
 CLASSES = ("cat", "dog", "emu")
 
 
+def crop_of(kind: str) -> str:
+    """Random, where images are not encoded before they are trained on."""
+    return "center" if kind in PIPELINES else "random"
+
+
 def of_kind(kind: str, pictures: Path) -> dict[str, Any]:
     """Changes that make a run one of a kind of model; its pipeline, if it has one, is saved beside the pictures."""
     if kind not in PIPELINES:

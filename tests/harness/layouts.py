@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.configs import PIPELINES, of_kind, tiny_config, write_config, write_pictures
+from harness.configs import crop_of, of_kind, tiny_config, write_config, write_pictures
 from harness.processes import launch
 
 EPOCHS = 3
@@ -31,6 +31,7 @@ class Case(NamedTuple):
     images: int
     kind: str = "unconditional"
     shard: bool = False
+    crop: str = ""  # empty: that of its kind
 
     @property
     def batch(self) -> int:
@@ -47,8 +48,8 @@ class Case(NamedTuple):
         return EPOCHS * -(-self.images // self.batch)
 
     def __str__(self) -> str:
-        sharded = "-sharded" if self.shard else ""
-        return f"{self.kind}-{self.precision}-{'x'.join(map(str, self.layout))}-{self.images}{sharded}"
+        options = ("-sharded" if self.shard else "") + (f"-{self.crop}" if self.crop else "")
+        return f"{self.kind}-{self.precision}-{'x'.join(map(str, self.layout))}-{self.images}{options}"
 
 
 def every_case(precision: str, kind: str = "unconditional") -> list[Case]:
@@ -97,7 +98,7 @@ def _config(base: Path, case: Case) -> dict:
         pictures,
         base / str(case),
         **of_kind(case.kind, pictures),
-        data__crop="center" if case.kind in PIPELINES else "random",
+        data__crop=case.crop or crop_of(case.kind),
         data__random_flip=True,
         training__micro_batch_size=micro,
         training__gradient_accumulation_steps=steps,

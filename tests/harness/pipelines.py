@@ -12,6 +12,10 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+# By how much of its largest value a posterior of the VAE below may be off where other numbers of images are encoded at
+# once: a convolution of it adds at most 9 x 8 products, in an order of the kernel's choice, and there are fewer than 32
+# layers one after another.
+VAE_ROUNDING = 32 * 72 * 2**-24
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENS = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
 LENGTH = 12  # tokens that are read: "a cat" has 6, a letter each and the two ends

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.configs import PIPELINES, UNET, of_kind, picture, tiny_config, write_caption, write_config
+from harness.configs import PIPELINES, UNET, crop_of, of_kind, picture, tiny_config, write_caption, write_config
 from harness.processes import launch
 
 SHAPES = [[8, 8], [12, 8], [8, 12], [16, 4], [4, 16]]  # width, height
@@ -27,6 +27,7 @@ class Case(NamedTuple):
     images: int
     precision: str = "float64"
     kind: str = "unconditional"
+    crop: str = ""  # empty: that of its kind
 
     @property
     def updates(self) -> int:
@@ -37,7 +38,8 @@ class Case(NamedTuple):
         return self._replace(layout=LAYOUTS[0])
 
     def __str__(self) -> str:
-        return f"{self.kind}-{self.precision}-{'x'.join(map(str, self.layout))}-{self.images}"
+        cropped = f"-{self.crop}" if self.crop else ""
+        return f"{self.kind}-{self.precision}-{'x'.join(map(str, self.layout))}-{self.images}{cropped}"
 
 
 def write_shapes(folder: Path, count: int, kind: str = "unconditional") -> Path:
@@ -50,11 +52,6 @@ def write_shapes(folder: Path, count: int, kind: str = "unconditional") -> Path:
         if kind in PIPELINES:
             write_caption(home, index)
     return folder
-
-
-def crop_of(kind: str) -> str:
-    """Random, where images are not encoded before they are trained on."""
-    return "center" if kind in PIPELINES else "random"
 
 
 def shaped_config(pictures: Path, output_dir: Path, **changes) -> dict:
@@ -89,7 +86,7 @@ def _config(base: Path, case: Case) -> dict:
         pictures,
         base / str(case),
         **of_kind(case.kind, pictures),
-        data__crop=crop_of(case.kind),
+        data__crop=case.crop or crop_of(case.kind),
         data__random_flip=True,
         training__micro_batch_size=micro,
         training__gradient_accumulation_steps=steps,

@@ -16,7 +16,7 @@ from finetune.core.shapes import Shape
 from finetune.evaluation.sampling import sample_each
 from finetune.models.load import load_kind
 from harness.configs import ROOT
-from harness.pipelines import LENGTH, NOISE_SCHEDULER, save_pipeline
+from harness.pipelines import LENGTH, NOISE_SCHEDULER, VAE_ROUNDING, save_pipeline
 from harness.processes import forget_processes
 
 CPU = torch.device("cpu")
@@ -94,6 +94,50 @@ def test_images_are_encoded_and_decoded_as_the_pipeline_does(folder):
     assert torch.allclose(clean, found["mean"] * 0.5)  # scaling_factor
     one_by_one = torch.cat([pipeline.vae.decode(mean[None]).sample for mean in found["mean"]])
     assert torch.allclose(kind.images(clean), one_by_one, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [Shape(8, 8), Shape(4, 16)])
+def test_random_crops_are_encoded_as_the_cache_would_have_them(folder, shape, monkeypatch):
+    """In chunks of at most two images, drawn with the batch's noise, and scaled."""
+    kind = load_kind(ModelConfig(pretrained=str(folder)), None, 0, crops=True)
+    kind.train_shapes([shape])
+    generator, encoded = torch.Generator().manual_seed(0), []
+    pixels = torch.randint(0, 256, (5, 1, *shape), dtype=torch.uint8, generator=generator)
+    example = kind.example(5)
+    assert example.keys() == {*load(folder).example(5), "images", "posterior"} - {"latents"}
+    assert (example["images"].shape, example["images"].dtype) == (pixels.shape, pixels.dtype)
+    assert example["posterior"].shape == example["noise"].shape
+    draw = torch.randn(example["posterior"].shape, generator=generator)
+    vae = kind.encoders()._loaded_vae(CPU)
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda part: encoded.append(len(part)) or encode(part))
+    monkeypatch.setattr(kind.encoders(), "image_chunk", lambda shape: 2)
+    with torch.autocast("cpu"):  # as a trial update under mixed precision has it
+        clean, _ = kind.inputs(example | {"images": pixels, "posterior": draw})
+    assert encoded == [2, 2, 1]
+    assert clean.dtype == torch.float32
+    assert not clean.requires_grad
+    one_by_one = [load(folder).encoders().images(pixels[index : index + 1], CPU) for index in range(5)]
+    mean, std = (torch.cat([posterior[name] for posterior in one_by_one]) for name in ("mean", "std"))
+    expected = (mean + std * draw) * 0.5  # scaling_factor
+    assert torch.allclose(clean, expected, rtol=0, atol=VAE_ROUNDING * float(expected.abs().max()))
+
+
+def test_a_vae_that_encodes_random_crops_stays_and_the_text_encoders_go(folder):
+    kind = load_kind(ModelConfig(pretrained=str(folder)), None, 0, crops=True)
+    assert kind.encoders()._vae is None  # which what was tried at the start did not need
+    kind.inputs(kind.example(1))
+    loaded = kind.encoders()._vae
+    kind.encoders().texts(["a cat"], CPU)
+    kind.images(torch.zeros(1, 4, 4, 4))
+    kind.encoders().free()
+    assert kind.encoders()._prompter is None
+    assert kind.encoders()._vae is loaded
+    weights = dict(loaded.named_parameters())
+    assert {name: weight.shape for name, weight in kind.crop_encoder.named_parameters()} == {
+        name: weight.shape for name, weight in weights.items()
+    }
+    assert not any(weight.requires_grad for weight in weights.values())
 
 
 def test_latents_are_shifted_where_the_vae_says_so(folders, tmp_path):

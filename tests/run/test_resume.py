@@ -11,7 +11,6 @@ from finetune.data.batches import Batches
 from finetune.data.order import WindowSampler
 from finetune.data.workers import make_loader
 from harness.compare import differences, differing, history, moments
-from harness.configs import PIPELINES
 from harness.faults import skip_the_export, stop_after_updates
 from harness.processes import finish, run, run_two
 from harness.undisturbed import command, undisturbed
@@ -21,16 +20,24 @@ STEPS = 6  # 19 images in windows of 8: 8 + 8 + 3, twice
 
 @pytest.fixture(
     scope="module",
-    params=["unconditional", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("text", "lora"))],
+    params=[
+        ("unconditional", "random"),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in (("text", "center"), ("lora", "center"), ("sdxl", "random"))
+        ),
+    ],
+    ids="-".join,
 )
 def base(request, tmp_path_factory):
     """A config with all that a resume could get wrong (crops, flips, warm-up, averaging, a tail), and a run of it."""
+    kind, crop = request.param
     return undisturbed(
         tmp_path_factory.mktemp("base"),
         images=19,
         size=(10, 8),
-        kind=request.param,
-        data__crop="center" if request.param in PIPELINES else "random",
+        kind=kind,
+        data__crop=crop,
         data__random_flip=True,
         lr_scheduler={"name": "cosine", "warmup_steps": 2},
         logging__tracker="tensorboard",

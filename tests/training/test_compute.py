@@ -11,8 +11,9 @@ from finetune.core.shapes import Shape
 from finetune.models.load import load_kind
 from finetune.models.unconditional import Unconditional
 from finetune.training import compute
-from finetune.training.compute import flops_per_image, has_bf16, peak_rates, with_prefix
+from finetune.training.compute import encoding_flops, flops_per_image, has_bf16, peak_rates, with_prefix
 from harness.configs import UNET, of_kind
+from harness.pipelines import save_pipeline, vae
 
 CONVOLUTIONS = UNET | {"add_attention": False}  # whose kernels differ in what they compute again for the gradient
 ATTENTION = UNET | {"down_block_types": ["AttnDownBlock2D"] * 2, "up_block_types": ["AttnUpBlock2D"] * 2}
@@ -61,6 +62,24 @@ def test_of_many_shapes_three_are_counted(tmp_path, monkeypatch, name):
     monkeypatch.setattr(compute, "_flops", lambda kind, shape: counted.append(shape) or count(kind, shape))
     assert flops_per_image(trained, images) == round(exact / 19)
     assert [shape.area for shape in counted] == [64, 192, 1024]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_encoding_in_the_loop_is_counted_with_the_update(tmp_path, lora):
+    """As much as torch counts of the VAE's own encoder, and for twice the pixels more.
+
+    Attention's kernel of a CPU it does not count: 16 latent pixels by 16, of 8 channels, two products of matrices.
+    """
+    config = ModelConfig(pretrained=save_pipeline(tmp_path / "sd"), lora=lora)
+    encoded, cropping = (load_kind(config, None, 0, crops=crops) for crops in (False, True))
+    with FlopCounterMode(display=False) as counter:
+        vae().encode(torch.zeros(1, 1, 8, 8))
+    assert encoding_flops(encoded) == 0
+    assert encoding_flops(cropping) == counter.get_total_flops() + 2 * (2 * 16 * 16 * 8) > 10**5
+    assert flops_per_image(cropping) == flops_per_image(encoded) + encoding_flops(cropping)
+    alone, mixed = Shape(8, 16), {Shape(8, 8): 1, Shape(8, 16): 3}
+    expected = (encoding_flops(cropping) + 3 * encoding_flops(cropping, {alone: 1})) / 4
+    assert encoding_flops(cropping, mixed) == round(expected) > encoding_flops(cropping)
 
 
 def test_a_rate_is_the_work_of_the_fastest_round(monkeypatch):

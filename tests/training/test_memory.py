@@ -9,20 +9,30 @@ from contextlib import suppress
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
 
+from finetune.config.inputs import ModelConfig
 from finetune.core.batch import BatchLayout
 from finetune.core.errors import UserError
 from finetune.core.shapes import Shape
 from finetune.models import ema
+from finetune.models.load import load_kind, outline_kind
 from finetune.models.unconditional import Unconditional
 from finetune.training import memory
-from finetune.training.memory import largest_layout, memory_plan, state_bytes, weight_bytes
+from finetune.training.memory import (
+    Trials,
+    largest_layout,
+    memory_plan,
+    state_bytes,
+    state_plan,
+    weight_bytes,
+)
 from finetune.training.trial_pass import activation_bytes
 from harness import faults
 from harness.compare import differences
 from harness.configs import UNET, tiny_config, write_config, write_pictures
 from harness.faults import at_call, limit_images, limit_pixels, skip_the_export
+from harness.pipelines import save_pipeline, vae
 from harness.processes import finish, forget_processes, in_new_process, run, run_two
 
 LARGER = {**UNET, "sample_size": 32, "block_out_channels": [16, 16]}  # activations: 2.6 MB an image, weights: 0.3 MB
@@ -152,6 +162,51 @@ def test_frozen_weights_are_held_once():
     assert weight_bytes(kind) == 4 * trained
     assert state_bytes(kind.network, averaged=True) == 4 * frozen + 5 * 4 * trained
     assert state_bytes(kind.network, averaged=False) == 4 * frozen + 4 * 4 * trained
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return ModelConfig(pretrained=save_pipeline(tmp_path_factory.mktemp("pipeline") / "sd"))
+
+
+def test_what_encodes_random_crops_is_held_by_every_process(one_process, pipeline, monkeypatch):
+    """Once and in float32, by one that holds a half of the rest too; where --check measures, it is there already."""
+    outline, weights = outline_kind(pipeline, None, crops=True), sum(weight.numel() for weight in vae().parameters())
+    state = state_bytes(outline.network, averaged=True)
+    assert state_bytes(outline.network, True, outline.crop_encoder) == state + 4 * weights
+    needed = 2 * (state // 2 + 4 * weights)
+    shared = 2, True, True, outline.crop_encoder
+    monkeypatch.setattr(memory, "free_memory", lambda: needed)
+    assert "optimizer and average, and the encoder of random crops, will take" in state_plan(
+        one_process, outline.network, *shared
+    )
+    monkeypatch.setattr(memory, "free_memory", lambda: needed - 2)
+    with pytest.raises(UserError, match="and the encoder of random crops, take"):
+        state_plan(one_process, outline.network, *shared)
+    monkeypatch.undo()
+    kind, resident = outline.load(0), []
+    monkeypatch.setattr(memory, "resident_memory", lambda: resident.append(kind.encoders()._vae) or 0)
+    Trials(one_process, kind, 1, averaged=True)
+    assert resident != [None]
+
+
+def test_auto_tries_the_encoding_of_random_crops(one_process, pipeline, monkeypatch):
+    """The VAE takes 4 images and not 6, where the UNet would take all 12."""
+    encode, tried = AutoencoderKL.encode, []
+
+    def limited(encoder, pixels):
+        tried.append(len(pixels))
+        return say_out_of_memory() if len(pixels) > 4 else encode(encoder, pixels)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", limited)
+    sizes = [
+        largest_layout(one_process, load_kind(pipeline, None, 0, crops), BatchLayout(12, 1, 1), True).micro_batch_size
+        for crops in (False, True)
+    ]
+    assert sizes == [12, 4]
+    assert {*tried} == {1, 2, 3, 4, 6}
+    with pytest.raises(UserError, match="a trial update with 6 does not fit into the memory of cpu"):
+        memory_plan(one_process, load_kind(pipeline, None, 0, crops=True), BatchLayout(6, 2, 1), averaged=True)
 
 
 @pytest.mark.slow
