@@ -25,7 +25,7 @@ class LocalEMA(EMAModel):  # type: ignore[misc] # diffusers has no types
         """As EMAModel's, in one pass: that one first computes all differences, which takes a copy of the weights."""
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
-        torch._foreach_lerp_(self.shadow_params, _local(parameters), 1 - self.cur_decay_value)
+        torch._foreach_lerp_(self.shadow_params, [*_local(parameters)], 1 - self.cur_decay_value)
 
     def store(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         super().store(_local(parameters))
