@@ -36,6 +36,7 @@ from finetune.core.distributed import (
     together,
     use_available_cores,
 )
+from finetune.core.environment import check_environment
 from finetune.core.failures import exit_code
 from finetune.core.groups import processes
 from finetune.core.launch_config import take_launch_config
@@ -192,6 +193,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_environment()
     take_launch_config()
     check_processes()
     config = on_main_process(lambda: load_config(arguments.config, arguments.overrides))

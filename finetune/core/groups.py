@@ -55,6 +55,12 @@ def processes() -> PartialState:
             "which must not be the loopback one",
             exit_code=1,
         ) from error
+    except ValueError as error:  # what Accelerate and torch raise for a variable that is missing
+        raise UserError(
+            f"launch: the environment names other processes, and not how to reach them ({first_line(error)}); expected "
+            "MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK and WORLD_SIZE, as torchrun and accelerate launch set them, or "
+            "none of them for one process: unset what is left over"
+        ) from error
     return state
 
 
