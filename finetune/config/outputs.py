@@ -41,7 +41,7 @@ class SamplesConfig(Section):
     inference_steps: Count = 40
     """DDIM steps per image."""
     labels: Labels | None = None
-    """Classes to draw, a row of the grid each; null: the first ten."""
+    """Classes to draw, a row of the grid each; null: the first ten of the images."""
     prompts: Prompts | None = None
     """Prompts to draw, a row of the grid each; null: the captions of the first images."""
     negative_prompt: Text | None = None

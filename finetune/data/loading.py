@@ -173,7 +173,7 @@ def _check_labels(source: Source, config: DataConfig, chosen: Selection) -> None
     if chosen.labels is None:
         raise UserError(
             f"data.label_column: found no column {column!r} of labels in {config.source}; model.class_conditional=true "
-            "needs one: class labels, integers or texts, or one folder for each class"
+            "needs one: class labels, integers or texts, or a folder for each of at least two classes"
         )
     missing = chosen.rows[chosen.labels < 0][:LISTED].tolist()
     if missing:

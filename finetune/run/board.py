@@ -3,6 +3,7 @@
 TensorBoard gives each run a colour and each tag a chart. The runs are folders below <output_dir>/tensorboard.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,15 @@ class Board(GeneralTracker):  # type: ignore[misc] # Accelerate has no types
     name = "tensorboard"
     requires_logging_directory = True
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: Path, first_step: int, anew: bool = False):
         """Nothing is written before `start`.
 
         Args:
             first_step: the first step that this start may log.
+            anew: purge also what is older, for `replay` to write it.
         """
         super().__init__()
-        self.folder, self.first_step = folder, first_step
+        self.folder, self.first_step, self.purged_from = folder, first_step, 0 if anew else first_step
         self.writers: dict[str, SummaryWriter] = {}
         self._described: set[tuple[str, str]] = set()  # a description is stored once a file, not once a point
 
@@ -130,11 +132,23 @@ class Board(GeneralTracker):  # type: ignore[misc] # Accelerate has no types
 
     def _writer(self, run: str) -> SummaryWriter:
         if run not in self.writers:
-            self.writers[run] = SummaryWriter(str(self.folder / run), purge_step=self.first_step)
+            self.writers[run] = SummaryWriter(str(self.folder / run), purge_step=self.purged_from)
         return self.writers[run]
 
     def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
         """Write scalars named as in metrics.jsonl, and flush them to disk."""
+        for run in self._write(values, step):
+            self.writers[run].flush()
+
+    def replay(self, lines: Iterable[dict[str, float]]) -> None:
+        """Write the lines of metrics.jsonl of starts that had no TensorBoard here."""
+        for line in lines:
+            self._write({name: value for name, value in line.items() if name != "step"}, int(line["step"]))
+        for writer in self.writers.values():
+            writer.flush()
+
+    def _write(self, values: dict[str, float], step: int | None) -> Iterable[str]:
+        """Write scalars; returns the runs that they belong to."""
         summaries: dict[str, Summary] = {}
         for name, number in values.items():
             run, tag = place(name)
@@ -145,7 +159,7 @@ class Board(GeneralTracker):  # type: ignore[misc] # Accelerate has no types
             summaries.setdefault(run, Summary()).MergeFrom(described)
         for run, summary in summaries.items():
             _add(self._writer(run), summary, step)
-            self._writer(run).flush()
+        return summaries
 
     def picture(self, name: str, step: int, picture: Image.Image) -> None:
         """Write a picture; those are made by evaluations, and so belong to the run `validation`."""

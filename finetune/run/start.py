@@ -158,7 +158,7 @@ def start_run(
     if branch_point is not None:
         together(lambda: _copy_metrics(branch_point, config) if accelerator.is_main_process else None)
     step = -1 if folder is None else state.step
-    report = together(lambda: _open_report(config, accelerator, step, start.length))
+    report = together(lambda: _open_report(config, accelerator, step, start.length, branch_point is not None))
     stop = StopRequest()
     check_stop = StopCheck(stop.requested)
     run = Run(
@@ -232,10 +232,10 @@ def _copy_metrics(folder: Path, config: Config) -> None:
             shutil.copyfile(metrics, partial)
 
 
-def _open_report(config: Config, accelerator: Accelerator, saved_step: int, length: Length) -> Report:
+def _open_report(config: Config, accelerator: Accelerator, saved_step: int, length: Length, branch: bool) -> Report:
     resolved, output_dir = to_yaml(config), Path(config.output_dir)
     if accelerator.is_main_process:
         with atomic(output_dir / "config.yaml") as partial:
             partial.write_text(resolved, encoding="utf-8")
     settings = hyperparameters(config, length.global_batch_size, length.total_steps)
-    return Report(accelerator, output_dir, resolved, settings, saved_step, length.total_steps)
+    return Report(accelerator, output_dir, resolved, settings, saved_step, length.total_steps, branch)

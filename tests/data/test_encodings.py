@@ -244,6 +244,18 @@ def test_the_plan_says_how_much_there_is_and_how_much_is_missing(accelerator):
     assert encodings.notes[0] == "encodings: 5 latents and 6 texts, 0.0 MB on disk"
 
 
+LONG = ["a long caption", "a prompt too long", "abc"]
+
+
+def test_prompts_that_are_cut_off_are_named_beside_the_captions():
+    """A prompt that is also a caption is named once."""
+    encodings = find(pictures=images(texts=[["a"], ["b"], ["a"], ["d"], ["a long caption"]]), prompts=LONG)
+    assert encodings.notes[1:] == [
+        "captions cut off after 3 tokens: 1 of 4, 'a long caption'",
+        "prompts cut off after 3 tokens: 1 of 2, 'a prompt too long'",
+    ]
+
+
 def test_the_first_images_are_encoded_alone_with_their_first_captions(accelerator):
     pictures = images(texts=[["a"], ["b", "c"], ["a"], ["d"], ["e"]])
     encodings = find(pictures=pictures, flips=True, prompts=["f"])
