@@ -29,6 +29,7 @@ from finetune.core.distributed import (
     accelerator_options,
     check_launch,
     check_processes,
+    check_same_command,
     launch_errors,
     main_process_first,
     on_main_process,
@@ -196,6 +197,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_environment()
     take_launch_config()
     check_processes()
+    check_same_command(**vars(arguments))
     config = on_main_process(lambda: load_config(arguments.config, arguments.overrides))
     return main(config, arguments.check, arguments.measure)
 

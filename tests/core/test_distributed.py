@@ -1,6 +1,8 @@
 """What the main process makes for all processes of a launch."""
 
+import argparse
 import json
+import socket
 
 import datasets
 import datasets.table
@@ -45,6 +47,51 @@ def test_the_main_process_alone_looks_at_the_pictures(config, tmp_path):
     looked_at = (tmp_path / "looked-at-0").read_text().splitlines()
     assert len(looked_at) == len({*looked_at}) == 16
     assert not (tmp_path / "looked-at-1").exists()
+
+
+@pytest.mark.parametrize(
+    ("second", "problem"),
+    [
+        (
+            ["training.num_epochs=3"],
+            "overrides ['training.num_epochs=3'] on process 1 (HOST), and [] on process 0 (HOST)",
+        ),
+        (["--check"], "check True on process 1 (HOST), and False on process 0 (HOST)"),
+        (
+            ["--config", "nowhere/other.yaml"],
+            "config other.yaml on process 1 (HOST), and config.yaml on process 0 (HOST)",
+        ),
+    ],
+    ids=["overrides", "flags", "config"],
+)
+def test_two_hosts_with_different_commands_are_refused(config, tmp_path, second, problem):
+    """The second one's would be passed over, or leave the first waiting."""
+
+    def before(process):
+        if process == 1:  # as another host's command line
+            parse = argparse.ArgumentParser.parse_intermixed_args
+            words = ["--config", str(config), *second]
+            argparse.ArgumentParser.parse_intermixed_args = lambda self: parse(self, words)
+
+    main, other = run_two("--config", config, folder=tmp_path, before=before)
+    assert (main.returncode, other.returncode) == (2, 2)
+    problem = problem.replace("HOST", socket.gethostname())
+    assert main.error == f"launch: found {problem}; expected the same command for all processes"
+    assert other.errors == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_hosts_may_keep_the_config_in_folders_of_their_own(config, tmp_path):
+    def before(process):
+        skip_the_export()
+        if process == 1:
+            parse = argparse.ArgumentParser.parse_intermixed_args
+            argparse.ArgumentParser.parse_intermixed_args = lambda self: parse(
+                self, ["--config", "of/mine/config.yaml"]
+            )
+
+    outcomes = run_two("--config", config, folder=tmp_path, before=before)
+    assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes
 
 
 def test_a_host_with_a_cache_of_its_own_decodes_for_itself(config, tmp_path):
