@@ -1,5 +1,7 @@
 """Keys of the config: what a run saves, measures, shows and gives away."""
 
+from collections.abc import Iterator
+
 from finetune.config.fields import Count, Flag, Labels, Natural, Path, Prompts, RepoId, Resume, Scales, Shapes, Text
 from finetune.config.section import Section
 
@@ -22,6 +24,10 @@ class QualityConfig(Section):
     """Samples to draw, and held-out images to compare them with."""
     every_steps: Count = 1000
     """Updates between two measurements."""
+
+    def disagreements(self) -> Iterator[tuple[str, str]]:
+        if self.images < 2:
+            yield "images", f"found {self.images}; expected at least 2, which have a spread to compare"
 
 
 class ValidationConfig(Section):

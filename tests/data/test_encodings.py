@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from finetune.core import randomness
 from finetune.core.errors import UserError
 from finetune.core.shapes import Shape
+from finetune.data import store
 from finetune.data.captions import Captions
 from finetune.data.encoded_batches import CroppedBatches, EncodedBatches, size_and_crop
 from finetune.data.encodings import Encodings, image_key
@@ -231,6 +232,34 @@ def test_a_damaged_piece_is_made_again(accelerator):
         assert len(find().missing_images) == 5
         assert len(made(accelerator).posteriors[Shape(4, 4)].places) == 5
         assert file.read_bytes() == content
+
+
+def test_pieces_have_the_permissions_of_new_files(accelerator, tmp_path):
+    """Users who share a cache read each other's."""
+    (tmp_path / "new").touch()
+    encodings = made(accelerator)
+    files = [*encodings.embeddings.folder.glob("*"), *encodings.posteriors[Shape(4, 4)].folder.glob("*")]
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "new").stat().st_mode}
+
+
+@pytest.mark.parametrize(
+    ("error", "missing"), [(PermissionError(13, "Permission denied"), None), (FileNotFoundError(), 5)]
+)
+def test_a_piece_that_may_not_be_read_is_named_and_one_that_is_gone_is_missing(
+    accelerator, monkeypatch, error, missing
+):
+    folder = made(accelerator).posteriors[Shape(4, 4)].folder
+
+    def fail(file, framework):
+        raise error
+
+    monkeypatch.setattr(store, "safe_open", fail)
+    if missing is not None:
+        assert len(find().missing_images) == missing
+    else:
+        with pytest.raises(UserError, match=rf"^encodings: {folder}/\w+\.safetensors: cannot be read \(Permission de"):
+            find()
+    assert len([*folder.glob("*.safetensors")]) == 1  # nobody else's file is deleted
 
 
 def test_the_plan_says_how_much_there_is_and_how_much_is_missing(accelerator):
