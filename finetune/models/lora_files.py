@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Arguments
-from finetune.models.components import Folder
-from finetune.models.encoders import bare_pipeline, without_warnings
+from finetune.models.components import Folder, without_warnings
+from finetune.models.encoders import bare_pipeline
 
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 

@@ -3,6 +3,7 @@
 TensorBoard gives each run a colour and each tag a chart. The runs are folders below <output_dir>/tensorboard.
 """
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 TRAIN, VALIDATION, AVERAGED, UNCONDITIONAL = "train", "validation", "validation_ema", "validation_unconditional"
 BASE = "validation_base"
+_EVENTS = "events.out.tfevents."
 _SETTINGS = ".settings"  # suffix of the event file that each start writes anew
 
 # Where a scalar of metrics.jsonl is shown: its run and its tag. Charts are sorted by tag, so `loss` comes first.
@@ -132,6 +134,7 @@ class Board(GeneralTracker):  # type: ignore[misc] # Accelerate has no types
 
     def _writer(self, run: str) -> SummaryWriter:
         if run not in self.writers:
+            keep_order(self.folder / run, int(time.time()))
             self.writers[run] = SummaryWriter(str(self.folder / run), purge_step=self.purged_from)
         return self.writers[run]
 
@@ -191,6 +194,20 @@ class Board(GeneralTracker):  # type: ignore[misc] # Accelerate has no types
         """Flush and close."""
         for writer in self.writers.values():
             writer.close()
+
+
+def keep_order(folder: Path, now: int) -> None:
+    """Have the event files of a folder come before one that is made now.
+
+    TensorBoard reads them in the order of their names, which begin with the second of their making. Of a start on a
+    host whose clock is behind, or within the same second, it would take the new points for old ones, and purge them.
+    """
+    for file in sorted(folder.glob(f"{_EVENTS}*"), reverse=True):
+        made, _, rest = file.name.removeprefix(_EVENTS).partition(".")
+        if not made.isdecimal() or int(made) < now:
+            return
+        now -= 1
+        file.rename(folder / f"{_EVENTS}{now:010d}.{rest}")
 
 
 def _add(writer: SummaryWriter, summary: Summary, step: int | None = None) -> None:

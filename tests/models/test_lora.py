@@ -249,6 +249,26 @@ def test_every_other_layer_that_is_linear_or_a_convolution_is_exported(folder, t
     kind.save(tmp_path / "lora")  # verified
 
 
+def test_a_base_with_adapters_among_its_weights_is_refused_with_what_to_do(folder, tmp_path, capfd):
+    """As save_pretrained writes a pipeline that has loaded one; fused into its weights, it is taken."""
+    trained(load(folder)).save(tmp_path / "lora")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    pipeline.save_pretrained(tmp_path / "with")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "fused")
+    capfd.readouterr()
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "with")
+    assert caught.value.problems == (
+        f"model.pretrained: {tmp_path / 'with'}/unet: found adapters (LoRA) among the weights; expected a pipeline "
+        "without: load it with diffusers, call fuse_lora() and unload_lora_weights(), and save it again",
+    )
+    assert "weights" not in capfd.readouterr().err  # diffusers lists a hundred that are missing
+    load(tmp_path / "fused")
+
+
 def test_adapters_are_for_text_to_image_models():
     with pytest.raises(
         UserError, match=r"model\.lora: found it with .*digits-base, a model of pixels; expected a Stable"

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from functools import partial
 from signal import SIGKILL, SIGTERM
 
@@ -13,7 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import metadata
 
-from finetune.run.board import CHARTS, DESCRIPTIONS, PLACES, Board, description, place
+from finetune.run.board import CHARTS, DESCRIPTIONS, PLACES, Board, description, keep_order, place
 from finetune.run.run import Run
 from harness.compare import board, curves, history
 from harness.configs import EVALUATED_STEPS, evaluated_config, write_config, write_pictures
@@ -222,6 +223,33 @@ def test_a_run_that_had_no_tensorboard_shows_its_first_steps_too(tmp_path):
     assert [*losses] == [*range(1, EVALUATED_STEPS + 1)]
     expected = [(step, float(np.float32(loss))) for step, loss in losses.items()]
     assert curves(tmp_path / "run")["train/loss/each_update"] == expected
+
+
+def test_event_files_are_put_before_one_that_is_made_now(tmp_path):
+    """Made in seconds 5, 8, 8 and 9, by clocks that were ahead: at 8 three of them become 5 to 7, the first 4."""
+    for name in ("5.a.1.0", "8.a.2.0", "8.b.3.0", "9.a.4.0.x"):
+        (tmp_path / f"events.out.tfevents.{int(name[0]):010d}{name[1:]}").write_text(name)
+    keep_order(tmp_path, 8)
+    files = sorted(tmp_path.iterdir())
+    assert [file.read_text() for file in files] == ["5.a.1.0", "8.a.2.0", "8.b.3.0", "9.a.4.0.x"]
+    assert [int(file.name.split(".")[3]) for file in files] == [4, 5, 6, 7]
+    keep_order(tmp_path, 8)
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_a_run_that_is_resumed_where_the_clock_is_behind_shows_all_its_points(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 19)
+    file = write_config(tmp_path / "run.yaml", evaluated_config(pictures, tmp_path / "run"))
+    stop = partial(signal_at, SIGTERM, Run, "finish_step", 4)
+    assert run("--config", file, folder=tmp_path, before=stop).returncode == 143
+
+    def before():
+        ahead = time.time
+        time.time = lambda: ahead() - 100_000
+
+    finish("--config", file, folder=tmp_path, before=before)
+    losses = curves(tmp_path / "run")["train/loss/each_update"]
+    assert [step for step, _ in losses] == [*range(1, EVALUATED_STEPS + 1)]
 
 
 def test_a_run_without_a_moving_average_has_no_empty_run_for_it(tmp_path):
