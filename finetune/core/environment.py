@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import str_to_bool
 
 from finetune.core.errors import UserError
+from finetune.core.launcher import launch_error
 
 _NUMBERS = (
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
@@ -28,7 +29,7 @@ def check_environment() -> None:
     """Find variables that would end in a traceback of the library that reads them.
 
     Raises:
-        UserError: with a line for each variable that cannot be read.
+        UserError: on every process, with a line for each variable that cannot be read on the first.
     """
     problems = [
         f"{name}: found {value!r} in the environment; expected a whole number: unset it, or start with torchrun or "
@@ -47,7 +48,8 @@ def check_environment() -> None:
             "unset it, or correct it"
         )
     if problems:
-        raise UserError(*problems)
+        rank = os.environ.get("RANK", "0")
+        raise launch_error(problems[0]) if rank.isdecimal() and int(rank) > 0 else UserError(*problems)
 
 
 def _is_flag(value: str) -> bool:

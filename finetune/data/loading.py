@@ -1,6 +1,7 @@
 """From any data source to decoded images: those to train on and those held out."""
 
 import os
+import socket
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,8 +10,9 @@ import numpy as np
 
 from finetune.config.inputs import DataConfig
 from finetune.config.schema import Config
-from finetune.core.distributed import made_once, on_main_process, together
+from finetune.core.distributed import made_once, on_main_process, printed_once, together
 from finetune.core.errors import UserError
+from finetune.core.groups import gathered
 from finetune.core.kind import ImageFormat, Kind
 from finetune.core.shapes import Shape, run_shapes
 from finetune.data.cache import decoded
@@ -50,7 +52,24 @@ def load_images(config: Config, kind: Kind) -> tuple[Images, Images | None]:
     fetch_together(data.source)
     needed = config.model.class_conditional, config.output_dir, kind.captioned
     several = None if data.buckets is None else shapes
-    return made_once(lambda: load_data(data, kind.image_format, config.seed, *needed, several))
+    loaded = made_once(lambda: load_data(data, kind.image_format, config.seed, *needed, several))
+    _check_same_on_all_hosts(data.source, *loaded)
+    return loaded
+
+
+def _check_same_on_all_hosts(source: str, images: Images, held_out: Images | None) -> None:
+    """Raises UserError, on all processes, if one of them has other images: a host's folder may be its own copy."""
+    parts = [part for part in (images, held_out) if part is not None]
+    own = [part.fingerprint for part in parts], sum(map(len, parts)), socket.gethostname()
+    (expected, count, main_host), *others = gathered(own)
+    for number, (found, own_count, host) in enumerate(others, 1):
+        if found != expected:
+            raise printed_once(
+                UserError(
+                    f"data.source: {source}: found other images on process {number} ({host}, {own_count} of them) than "
+                    f"on process 0 ({main_host}, {count}); expected the same files under the same names on every host"
+                )
+            )
 
 
 def load_data(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import socket
 
 import datasets
@@ -10,7 +11,7 @@ import pytest
 
 from finetune.data import loading, tables
 from harness.compare import differing
-from harness.configs import tiny_config, write_config, write_pictures
+from harness.configs import picture, tiny_config, write_config, write_pictures
 from harness.faults import skip_the_export
 from harness.processes import run_two
 
@@ -119,3 +120,44 @@ def test_a_host_with_a_cache_of_its_own_decodes_for_itself(config, tmp_path):
     again = run_two(*arguments, folder=tmp_path, before=lambda process: skip_the_export())
     assert [outcome.returncode for outcome in again] == [0, 0], again
     assert differing(tmp_path / "run", tmp_path / "shared", 2) == []
+
+
+@pytest.mark.parametrize("difference", ["changed", "missing", "another name"])
+def test_a_host_with_other_pictures_is_named(config, tmp_path, difference):
+    """Its folder is a copy of its own, which somebody changed; nothing is trained on a mixture."""
+
+    def before(process):
+        if process == 0:
+            return
+        datasets.config.HF_DATASETS_CACHE, open_source = tmp_path / "cache", loading.open_source
+
+        def of_this_host(source, *arguments):
+            own = tmp_path / "own"
+            if not own.exists():
+                shutil.copytree(source, own)
+                if difference == "changed":
+                    picture((8, 8), 77).save(own / "0003.png")
+                elif difference == "missing":
+                    (own / "0003.png").unlink()
+                else:
+                    (own / "0003.png").rename(own / "9999.png")
+            return open_source(str(own), *arguments)
+
+        loading.open_source, datasets.table._memory_mapped_arrow_table_from_file = of_this_host, unreadable
+
+    read = datasets.table._memory_mapped_arrow_table_from_file
+
+    def unreadable(file):
+        if str(tmp_path / "cache") not in str(file):
+            raise FileNotFoundError(file)
+        return read(file)
+
+    main, other = run_two("--config", config, folder=tmp_path, before=before)
+    assert (main.returncode, other.returncode) == (2, 2), (main, other)
+    host, count = socket.gethostname(), 15 if difference == "missing" else 16
+    assert main.error == (
+        f"data.source: {tmp_path / 'pictures'}: found other images on process 1 ({host}, {count} of them) than on "
+        f"process 0 ({host}, 16); expected the same files under the same names on every host"
+    )
+    assert other.errors == []
+    assert not (tmp_path / "run").exists()

@@ -44,6 +44,17 @@ def test_what_can_be_read_is_accepted(monkeypatch, name, value):
     check_environment()
 
 
+@pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0), ("x", 2)])
+def test_the_first_process_alone_prints_it(monkeypatch, rank, lines):
+    """Or each one, where nobody can tell which is the first."""
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(UserError) as caught:
+        check_environment()
+    assert len(caught.value.problems) == lines
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     base = tmp_path_factory.mktemp("base")
