@@ -29,7 +29,6 @@ from finetune.core.distributed import (
     accelerator_options,
     check_launch,
     check_processes,
-    check_same_command,
     launch_errors,
     main_process_first,
     on_main_process,
@@ -40,6 +39,7 @@ from finetune.core.distributed import (
 from finetune.core.environment import check_environment
 from finetune.core.failures import exit_code
 from finetune.core.groups import processes
+from finetune.core.hosts import check_same_command
 from finetune.core.launch_config import take_launch_config
 from finetune.core.sharding import check_sharding, place
 from finetune.core.stopping import Interrupted

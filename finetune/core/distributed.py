@@ -3,13 +3,11 @@
 import gc
 import os
 import pickle
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import joblib
@@ -49,28 +47,6 @@ def check_processes() -> None:
             "accelerators; start CPU processes with ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train.py ..., "
             "or ask for --num_processes 1"
         )
-
-
-def check_same_command(config: str, **options: Any) -> None:
-    """Find processes that were started with another command, which would silently not count. Called by all processes.
-
-    On several hosts each command is typed, or filled in, on its own; the main process reads the config for all.
-
-    Args:
-        config: its file, of which the name has to be the same, and not the folder.
-
-    Raises:
-        UserError: on all processes, with the first difference.
-    """
-    (expected, main_host), *others = gathered(({"config": Path(config).name, **options}, socket.gethostname()))
-    for number, (found, host) in enumerate(others, 1):
-        for name in (name for name in expected if found[name] != expected[name]):
-            raise printed_once(
-                UserError(
-                    f"launch: found {name} {found[name]} on process {number} ({host}), and {expected[name]} on process "
-                    f"0 ({main_host}); expected the same command for all processes"
-                )
-            )
 
 
 def _refuse_sharded_launches() -> None:

@@ -1,7 +1,6 @@
 """From any data source to decoded images: those to train on and those held out."""
 
 import os
-import socket
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,9 +9,9 @@ import numpy as np
 
 from finetune.config.inputs import DataConfig
 from finetune.config.schema import Config
-from finetune.core.distributed import made_once, on_main_process, printed_once, together
+from finetune.core.distributed import made_once, on_main_process, together
 from finetune.core.errors import UserError
-from finetune.core.groups import gathered
+from finetune.core.hosts import require_same
 from finetune.core.kind import ImageFormat, Kind
 from finetune.core.shapes import Shape, run_shapes
 from finetune.data.cache import decoded
@@ -59,17 +58,17 @@ def load_images(config: Config, kind: Kind) -> tuple[Images, Images | None]:
 
 def _check_same_on_all_hosts(source: str, images: Images, held_out: Images | None) -> None:
     """Raises UserError, on all processes, if one of them has other images: a host's folder may be its own copy."""
+
+    def problem(expected: tuple[list[str], int], found: tuple[list[str], int], there: str, here: str) -> str | None:
+        if found == expected:
+            return None
+        return (
+            f"data.source: {source}: found other images on {there}, {found[1]} of them, than on {here}, {expected[1]}; "
+            "expected the same files under the same names on every host"
+        )
+
     parts = [part for part in (images, held_out) if part is not None]
-    own = [part.fingerprint for part in parts], sum(map(len, parts)), socket.gethostname()
-    (expected, count, main_host), *others = gathered(own)
-    for number, (found, own_count, host) in enumerate(others, 1):
-        if found != expected:
-            raise printed_once(
-                UserError(
-                    f"data.source: {source}: found other images on process {number} ({host}, {own_count} of them) than "
-                    f"on process 0 ({main_host}, {count}); expected the same files under the same names on every host"
-                )
-            )
+    require_same(([part.fingerprint for part in parts], sum(map(len, parts))), problem)
 
 
 def load_data(

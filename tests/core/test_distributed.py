@@ -10,6 +10,7 @@ import datasets.table
 import pytest
 
 from finetune.data import loading, tables
+from finetune.models import unconditional
 from harness.compare import differing
 from harness.configs import picture, tiny_config, write_config, write_pictures
 from harness.faults import skip_the_export
@@ -156,8 +157,28 @@ def test_a_host_with_other_pictures_is_named(config, tmp_path, difference):
     assert (main.returncode, other.returncode) == (2, 2), (main, other)
     host, count = socket.gethostname(), 15 if difference == "missing" else 16
     assert main.error == (
-        f"data.source: {tmp_path / 'pictures'}: found other images on process 1 ({host}, {count} of them) than on "
-        f"process 0 ({host}, 16); expected the same files under the same names on every host"
+        f"data.source: {tmp_path / 'pictures'}: found other images on process 1 ({host}), {count} of them, than "
+        f"on process 0 ({host}), 16; expected the same files under the same names on every host"
+    )
+    assert other.errors == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_host_with_another_model_is_named(config, tmp_path):
+    """Its folder has another network's config, text encoder or base of adapters; the weights alone may differ, since
+    those of the main process count."""
+
+    def before(process):
+        if process == 1:
+            own = unconditional.Unconditional.identity
+            unconditional.Unconditional.identity = lambda kind: own(kind) | {"encoders": {"vae": "of this host"}}
+
+    main, other = run_two("--config", config, folder=tmp_path, before=before)
+    assert (main.returncode, other.returncode) == (2, 2), (main, other)
+    host = socket.gethostname()
+    assert main.error == (
+        f"model: found other files on process 1 ({host}) than on process 0 ({host}), which differ in encoders; "
+        "expected the same model and images on every host"
     )
     assert other.errors == []
     assert not (tmp_path / "run").exists()
