@@ -36,8 +36,10 @@ from finetune.core.distributed import (
     together,
     use_available_cores,
 )
+from finetune.core.environment import check_environment
 from finetune.core.failures import exit_code
 from finetune.core.groups import processes
+from finetune.core.hosts import check_same_command
 from finetune.core.launch_config import take_launch_config
 from finetune.core.sharding import check_sharding, place
 from finetune.core.stopping import Interrupted
@@ -192,8 +194,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_environment()
     take_launch_config()
     check_processes()
+    check_same_command(**vars(arguments))
     config = on_main_process(lambda: load_config(arguments.config, arguments.overrides))
     return main(config, arguments.check, arguments.measure)
 

@@ -14,7 +14,16 @@ from finetune.evaluation.validation import Validation
 from finetune.run import evaluator
 from finetune.training.window import Window
 from harness.compare import differing, history, weights
-from harness.configs import EVALUATED_STEPS, KINDS, ROOT, evaluated_config, tiny_config, write_config, write_pictures
+from harness.configs import (
+    EVALUATED_STEPS,
+    KINDS,
+    ROOT,
+    evaluated_config,
+    picture,
+    tiny_config,
+    write_config,
+    write_pictures,
+)
 from harness.faults import kill_at
 from harness.processes import finish, launch, run, run_two
 
@@ -49,6 +58,32 @@ def test_the_export_knows_the_classes_by_name(finished):
     assert pipeline.unet.config.num_class_embeds == 4
     averaged = weights(finished / "run", EVALUATED_STEPS, "ema")
     assert torch.equal(pipeline.unet.class_embedding.weight, averaged["class_embedding.weight"])
+
+
+@pytest.mark.slow
+def test_of_a_pretrained_models_classes_those_of_the_data_are_drawn(finished, tmp_path):
+    """A model of 1,000 classes that is trained on two of them would show ten others in its grid and its card."""
+    for index in range(8):
+        folder = tmp_path / "pictures" / ("emu" if index % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        picture((8, 8), index).save(folder / f"{index}.png")
+    model = {"class_conditional": True, "pretrained": str(finished / "run/pipeline")}
+    config = class_config(tmp_path / "pictures", tmp_path / "run", model=model, data__validation_fraction=0.0)
+
+    def before():
+        draw = evaluator.sample
+
+        def noted(kind, accelerator, check, seed, names, *others, **options):
+            (tmp_path / "names").write_text(json.dumps(names))
+            return draw(kind, accelerator, check, seed, names, *others, **options)
+
+        evaluator.sample = noted
+
+    finish("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path, before=before)
+    assert json.loads((tmp_path / "names").read_text()) == ["dog"] * 3 + ["emu"] * 3
+    card = (tmp_path / "run/pipeline/README.md").read_text()
+    assert 'pipeline(["dog"], guidance_scale=2.0' in card
+    assert "rows, guidance_scale, size = torch.tensor([1]), 2.0" in card  # the rows are cat, dog, emu
 
 
 @pytest.mark.slow
@@ -151,7 +186,7 @@ def test_dropout_of_the_class_is_a_stream_of_its_own(finished):
         ({"data__label_column": "species"}, "data.label_column: found 'species'; expected a column of"),
         (
             {"samples__labels": ["cat", "fox"]},
-            "samples.labels: found fox; expected classes of the model, which has cat",
+            "samples.labels: found 'fox'; expected classes of the model, which has cat",
         ),
     ],
 )

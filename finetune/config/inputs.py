@@ -44,6 +44,8 @@ class LoRAConfig(Section):
     """Only 0: dropout draws from a global generator, so that a run would depend on its batch layout."""
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
+        if self.alpha is not None and not 1e-37 <= self.alpha <= 1e38:  # would be 0 or infinite in the files
+            yield "alpha", f"found {self.alpha}; expected a number that float32 can hold, from 1e-37 to 1e38"
         if self.dropout:
             yield "dropout", f"found {self.dropout}; expected 0: it draws from a global generator, by the batch layout"
 

@@ -1,5 +1,7 @@
 """Keys of the config: what a run saves, measures, shows and gives away."""
 
+from collections.abc import Iterator
+
 from finetune.config.fields import Count, Flag, Labels, Natural, Path, Prompts, RepoId, Resume, Scales, Shapes, Text
 from finetune.config.section import Section
 
@@ -23,6 +25,10 @@ class QualityConfig(Section):
     every_steps: Count = 1000
     """Updates between two measurements."""
 
+    def disagreements(self) -> Iterator[tuple[str, str]]:
+        if self.images < 2:
+            yield "images", f"found {self.images}; expected at least 2, which have a spread to compare"
+
 
 class ValidationConfig(Section):
     every_steps: Count | None = None
@@ -41,7 +47,7 @@ class SamplesConfig(Section):
     inference_steps: Count = 40
     """DDIM steps per image."""
     labels: Labels | None = None
-    """Classes to draw, a row of the grid each; null: the first ten."""
+    """Classes to draw, a row of the grid each; null: the first ten of the images."""
     prompts: Prompts | None = None
     """Prompts to draw, a row of the grid each; null: the captions of the first images."""
     negative_prompt: Text | None = None

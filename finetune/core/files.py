@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -66,3 +66,14 @@ def atomic(file: Path) -> Iterator[Path]:
             os.replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def permit(files: Iterable[Path]) -> None:
+    """Give files the permissions that new files of this process have: safetensors makes them for their owner alone.
+
+    Nobody else in a shared folder could resume, load or share what a run leaves.
+    """
+    umask = os.umask(0o077)  # can be read only by setting it
+    os.umask(umask)
+    for file in files:
+        file.chmod(0o666 & ~umask)

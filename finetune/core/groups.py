@@ -20,6 +20,7 @@ from accelerate.utils import parse_flag_from_env
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # re-exported without saying so
 
 from finetune.core.errors import UserError, first_line
+from finetune.core.launcher import launch_error
 
 GRADIENTS_TIMEOUT = timedelta(minutes=10)  # also for the connections of both groups
 CONTROL_TIMEOUT = timedelta(days=1)
@@ -54,6 +55,12 @@ def processes() -> PartialState:
             "several hosts set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface between them, "
             "which must not be the loopback one",
             exit_code=1,
+        ) from error
+    except ValueError as error:  # what Accelerate and torch raise for a variable that is missing
+        raise launch_error(
+            f"launch: the environment names other processes, and not how to reach them ({first_line(error)}); expected "
+            "MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK and WORLD_SIZE, as torchrun and accelerate launch set them, or "
+            "none of them for one process: unset what is left over"
         ) from error
     return state
 

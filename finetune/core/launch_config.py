@@ -17,6 +17,8 @@ from finetune.core.launcher import launch_error
 VARIABLE = "ACCELERATE_CONFIG_FILE"
 _LAUNCHED = "ACCELERATE_DYNAMO_MODE"  # set by accelerate launch in every process
 _THREADS = ("OMP_NUM_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME")  # torch has read them already
+_WORDS = "mixed_precision", "distributed_type", "dynamo_backend"
+_NUMBERS = "num_processes", "num_machines"
 _SHARDING = {"use_fsdp": "FSDP", "use_deepspeed": "DEEPSPEED", "use_megatron_lm": "MEGATRON_LM"}
 
 
@@ -42,6 +44,7 @@ def take_launch_config() -> None:
     if file is None:
         return
     try:
+        _check_values(file)
         words = ["--config_file", file, "--num_processes", "1", "--num_machines", "1", "train.py"]
         arguments, config, _ = _validate_launch_command(launch_command_parser().parse_args(words))
         _, variables = prepare_simple_launcher_cmd_env(arguments)
@@ -54,6 +57,19 @@ def take_launch_config() -> None:
     for name, value in variables.items():
         if name not in _THREADS:
             os.environ.setdefault(name, value)
-    asked = getattr(config, "num_processes", 1)
+    asked = getattr(config, "num_processes", None) or 1
     if alone and asked > 1:
         print(f"launch: {file} asks for {asked} processes, which accelerate launch would start; this is one.")
+
+
+def _check_values(file: str) -> None:
+    """Raises ValueError for values that Accelerate would take, or stumble over, without saying which."""
+    with open(file, encoding="utf-8") as content:
+        values = yaml.safe_load(content)  # JSON is YAML too
+    if not isinstance(values, dict):
+        raise ValueError("it holds no mapping")
+    for key, value in values.items():
+        if key in _WORDS and isinstance(value, bool):
+            raise ValueError(f"{key} is {str(value).lower()}, as YAML reads the word no without quotes: write 'no'")
+        if key in _NUMBERS and not (value is None or type(value) is int):
+            raise ValueError(f"{key} is {value!r}, not a whole number")

@@ -37,12 +37,12 @@ class Encodings:
                 random crops of them itself, while it is trained.
             prompts: further texts; the empty one is always among them.
         """
-        self.encoders, self.parts = encoders, parts
+        self.encoders, self.parts, self.asked = encoders, parts, sorted({*prompts})
         shapes = sorted({shape for images, _ in parts for shape in images.shapes})
         self.posteriors = {shape: self._store(shape) for shape in shapes}  # each holds entries of one shape
         self.embeddings = Store(("embeddings", encoders.text_key, encoders.text_chunk), encoders.text_fields)
         captions = [images.captions.texts for images, _ in parts if images.captions is not None]
-        self.texts = sorted({"", *prompts, *(text for texts in captions for text in texts)})
+        self.texts = sorted({"", *self.asked, *(text for texts in captions for text in texts)})
         self._find()
 
     def _store(self, shape: Shape) -> Store:
@@ -80,18 +80,19 @@ class Encodings:
     @property
     def notes(self) -> list[str]:
         """Lines for the plan: what is encoded, its size on disk, and what is still to be made."""
-        images, texts = self.needed.total(), len(self.texts)
-        size = self._bytes(self.needed, texts)
-        lines = [f"encodings: {images} latents and {texts} texts, {size / 1e6:.1f} MB on disk"]
+        images, count = self.needed.total(), len(self.texts)
+        size = self._bytes(self.needed, count)
+        lines = [f"encodings: {images} latents and {count} texts, {size / 1e6:.1f} MB on disk"]
         if self.missing_bytes:
             lines[0] += (
                 f"; still to be made: {len(self.missing_images)} and {len(self.missing_texts)}, "
                 f"{self.missing_bytes / 1e6:.1f} MB"
             )
         captions = sorted({text for images, _ in self.parts if images.captions for text in images.captions.texts})
-        if longer := self.encoders.truncated(captions):
-            length = self.encoders.text_fields["text"][0]
-            lines.append(f"captions cut off after {length} tokens: {len(longer)} of {len(captions)}, {longer[0]!r:.60}")
+        for kind, texts in (("captions", captions), ("prompts", sorted({*self.asked} - {*captions}))):
+            if longer := self.encoders.truncated(texts):
+                length = self.encoders.text_fields["text"][0]
+                lines.append(f"{kind} cut off after {length} tokens: {len(longer)} of {len(texts)}, {longer[0]!r:.60}")
         return lines
 
     def make(self, accelerator: Accelerator, images: int | None = None) -> None:

@@ -11,6 +11,7 @@ from finetune.config.inputs import DataConfig
 from finetune.config.schema import Config
 from finetune.core.distributed import made_once, on_main_process, together
 from finetune.core.errors import UserError
+from finetune.core.hosts import require_same
 from finetune.core.kind import ImageFormat, Kind
 from finetune.core.shapes import Shape, run_shapes
 from finetune.data.cache import decoded
@@ -50,7 +51,24 @@ def load_images(config: Config, kind: Kind) -> tuple[Images, Images | None]:
     fetch_together(data.source)
     needed = config.model.class_conditional, config.output_dir, kind.captioned
     several = None if data.buckets is None else shapes
-    return made_once(lambda: load_data(data, kind.image_format, config.seed, *needed, several))
+    loaded = made_once(lambda: load_data(data, kind.image_format, config.seed, *needed, several))
+    _check_same_on_all_hosts(data.source, *loaded)
+    return loaded
+
+
+def _check_same_on_all_hosts(source: str, images: Images, held_out: Images | None) -> None:
+    """Raises UserError, on all processes, if one of them has other images: a host's folder may be its own copy."""
+
+    def problem(expected: tuple[list[str], int], found: tuple[list[str], int], there: str, here: str) -> str | None:
+        if found == expected:
+            return None
+        return (
+            f"data.source: {source}: found other images on {there}, {found[1]} of them, than on {here}, {expected[1]}; "
+            "expected the same files under the same names on every host"
+        )
+
+    parts = [part for part in (images, held_out) if part is not None]
+    require_same(([part.fingerprint for part in parts], sum(map(len, parts))), problem)
 
 
 def load_data(
@@ -173,7 +191,7 @@ def _check_labels(source: Source, config: DataConfig, chosen: Selection) -> None
     if chosen.labels is None:
         raise UserError(
             f"data.label_column: found no column {column!r} of labels in {config.source}; model.class_conditional=true "
-            "needs one: class labels, integers or texts, or one folder for each class"
+            "needs one: class labels, integers or texts, or a folder for each of at least two classes"
         )
     missing = chosen.rows[chosen.labels < 0][:LISTED].tolist()
     if missing:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from finetune.core.errors import UserError
+from finetune.core.files import permit
 from finetune.core.kind import Fields
 
 FORMAT = 1  # bump it when what is stored changes
@@ -58,7 +59,11 @@ class Store:
         return max(min(PIECE_BYTES // self.entry_bytes, 4096), 1)
 
     def scan(self) -> None:
-        """Find out what is there. A damaged piece is deleted, and its entries are made again."""
+        """Find out what is there. A damaged piece is deleted, and its entries are made again.
+
+        Raises:
+            UserError: if a piece may not be read, as in the cache of another user.
+        """
         self.places.clear()
         self._opened.clear()
         for file in sorted(self.folder.glob("*.safetensors")):
@@ -71,6 +76,13 @@ class Store:
             except (SafetensorError, ValueError, KeyError):
                 file.unlink(missing_ok=True)
                 continue
+            except FileNotFoundError:  # another run found it damaged
+                continue
+            except OSError as error:
+                raise UserError(
+                    f"encodings: {file}: cannot be read ({error.strerror or error}); let it be read, or set "
+                    "HF_DATASETS_CACHE to a folder of your own"
+                ) from error
             for row, name in enumerate(keys):
                 self.places[name.tobytes()] = file.name, row
 
@@ -88,6 +100,7 @@ class Store:
             self._remove_leftovers()
             tensors = {name: entries[name].contiguous() for name in self.fields}
             save_file({"keys": torch.from_numpy(table.copy()), **tensors}, partial)
+            permit([partial])
             os.replace(partial, file)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())

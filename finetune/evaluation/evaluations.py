@@ -54,7 +54,8 @@ def choose_samples(config: Config, kind: Kind, images: Images) -> Samples:
 
     def choose() -> Samples:
         options, captions = config.samples, images.captions.examples(SHOWN_CAPTIONS) if images.captions else []
-        names, shapes = sampled_names(options, kind, captions), sampled_shapes(options, images.shapes)
+        names = sampled_names(options, kind, captions, images.class_names)
+        shapes = sampled_shapes(options, images.shapes)
         check_sampling(kind.noise_scheduler, options.inference_steps)
         return Samples(names, shapes, options.negative_prompt)
 

@@ -21,11 +21,14 @@ from finetune.evaluation.rounds import as_pixels, evaluating, pass_idly, rounds
 DEFAULT_ROWS = 10  # classes that are sampled where the config names none
 
 
-def sampled_names(options: SamplesConfig, kind: Kind, captions: Sequence[str] = ()) -> list[str | None]:
+def sampled_names(
+    options: SamplesConfig, kind: Kind, captions: Sequence[str] = (), class_names: Sequence[str] = ()
+) -> list[str | None]:
     """The conditions that the sample grid has a row for; one row without a condition for an unconditional model.
 
     Args:
         captions: prompts for a model that is told captions, where the config names none.
+        class_names: of the images: a pretrained model may know others, which are not trained.
 
     Raises:
         UserError: if `samples.labels` names a class that the model does not have, or if the model is not told what
@@ -36,11 +39,11 @@ def sampled_names(options: SamplesConfig, kind: Kind, captions: Sequence[str] = 
         return [None]
     if kind.captioned:
         return [*(options.prompts or captions)]
-    names = [str(label) for label in options.labels or kind.class_names[:DEFAULT_ROWS]]
+    names = [str(label) for label in options.labels or (class_names or kind.class_names)[:DEFAULT_ROWS]]
     if unknown := [name for name in names if name not in kind.class_names]:
         listed = ", ".join(kind.class_names[:20]) + (", ..." if len(kind.class_names) > 20 else "")
         raise UserError(
-            f"samples.labels: found {', '.join(unknown)}; expected classes of the model, which has {listed}"
+            f"samples.labels: found {', '.join(map(short, unknown))}; expected classes of the model, which has {listed}"
         )
     return [*names]
 

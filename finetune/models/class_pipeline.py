@@ -34,24 +34,36 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc] # diffu
         """The row of each class in the embedding, by name."""
         return {name: int(row) for row, name in self.config.id2label.items()}
 
-    def get_label_ids(self, class_labels: int | str | list[int | str]) -> list[int]:
-        """Rows of classes, given by name or by row.
+    def get_label_ids(self, class_labels: Any) -> list[int]:
+        """Rows of classes, given by name or by row; None is the row of "no class".
+
+        Args:
+            class_labels: a name, a row or None, or several: in a list or a tuple, or rows in a tensor or an array.
 
         Raises:
             ValueError: for a name or a row that the model does not have.
         """
+        asked = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+        asked = list(asked) if isinstance(asked, list | tuple) else [asked]
+        rows = [self._row(label) for label in asked]
+        unknown = [label for label, row in zip(asked, rows, strict=True) if row is None]
+        if unknown or not rows:
+            raise ValueError(f"class_labels: found {unknown}; expected names or rows of {self.labels}")
+        return [row for row in rows if row is not None]
+
+    def _row(self, label: Any) -> int | None:
+        """The row of one class; None for what is neither the name nor the row of one."""
         labels = self.labels
-        asked = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
-        rows = [labels.get(label, -1) if isinstance(label, str) else int(label) for label in asked]
-        unknown = [label for label, row in zip(asked, rows, strict=True) if row not in labels.values()]
-        if unknown:
-            raise ValueError(f"class_labels: found {unknown}; expected names or rows of {labels}")
-        return rows
+        if label is None:
+            return int(self.unet.config.num_class_embeds) - 1
+        if isinstance(label, str):
+            return labels.get(label)
+        return int(label) if type(label) is not bool and label in labels.values() else None
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | list[int | str],
+        class_labels: Any,
         guidance_scale: float = 2.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 40,
@@ -62,7 +74,7 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc] # diffu
         """Draw one image for each of `class_labels`.
 
         Args:
-            class_labels: names or rows of classes.
+            class_labels: names or rows of classes, None for no class; see `get_label_ids`.
             guidance_scale: w of classifier-free guidance, uncond + w (cond - uncond) (Ho & Salimans 2022, in the form
                 that diffusers uses); 1 turns it off.
             output_type: pil, np (float 0..1, (n, H, W, C)) or pt (float 0..1, (n, C, H, W)).

@@ -4,6 +4,7 @@ The class embedding has a row for each class and a last one for "no class", whic
 whose label is dropped are trained with it, and guidance compares with it.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ USAGE = """\
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("PATH_OR_REPOSITORY", trust_remote_code=True)
-images = pipeline(["{first}"], guidance_scale=2.0, num_inference_steps={steps}).images
+images = pipeline([{shown}], guidance_scale=2.0, num_inference_steps={steps}).images
 ```
 
 Classes, in the order of their rows: {names}. `trust_remote_code` loads the class in pipeline.py; without it:
@@ -34,7 +35,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 unet = UNet2DModel.from_pretrained("PATH_OR_REPOSITORY", subfolder="unet")
 scheduler = DDIMScheduler.from_pretrained("PATH_OR_REPOSITORY", subfolder="scheduler")
 scheduler.set_timesteps({steps})
-rows, guidance_scale, size = torch.tensor([0]), 2.0, unet.config.sample_size
+rows, guidance_scale, size = torch.tensor([{row}]), 2.0, unet.config.sample_size
 no_class = torch.full_like(rows, unet.config.num_class_embeds - 1)
 images = torch.randn(len(rows), unet.config.in_channels, size, size)  # from -1 to 1 in the end
 for timestep in scheduler.timesteps:
@@ -51,6 +52,7 @@ class ClassConditional(Unconditional):
 
     Attributes:
         class_names: the name of each row of the class embedding but the last, which means "no class".
+        shown: the class that the model card draws, one of those that are trained.
     """
 
     conditional = True
@@ -63,10 +65,12 @@ class ClassConditional(Unconditional):
         class_names: Sequence[str],
         shapes: list[Shape] | None = None,
         variant: str | None = None,
+        shown: str | None = None,
     ):
         super().__init__(network, noise_scheduler, made_for, variant=variant)
         self.shapes = shapes or self.shapes
         self.class_names = list(class_names)
+        self.shown = self.class_names[0] if shown is None else shown
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
         """The images in [-1, 1], (b, C, H, W), and `class_labels`, (b,): the row of "no class" where it is dropped."""
@@ -90,7 +94,9 @@ class ClassConditional(Unconditional):
 
     def usage(self, inference_steps: int) -> str:
         """How the exported pipeline is called, in Markdown: with the class in pipeline.py, and without it."""
-        return USAGE.format(steps=inference_steps, first=self.class_names[0], names=", ".join(self.class_names))
+        row, names = self.class_names.index(self.shown), ", ".join(self.class_names)
+        shown = json.dumps(self.shown, ensure_ascii=False)
+        return USAGE.format(steps=inference_steps, shown=shown, row=row, names=names)
 
     def identity(self) -> dict[str, Any]:
         """The configs of the network and of the noise scheduler, and the classes."""
@@ -102,7 +108,8 @@ def with_classes(kind: Unconditional, class_names: Sequence[str], seed: int) -> 
 
     - An unconditional network gets an embedding. Class rows are drawn from N(0, 1) by the seed: rows of zero learn far
       too slowly. The row of "no class" is zero, so that dropped labels start from the network's own output.
-    - A network with a class embedding and stored names keeps its rows, and has to know all classes of the data.
+    - A network with a class embedding and stored names keeps its rows, and has to know all classes of the data. If all
+      of its rows have names, it gets one for "no class", zero.
     - One without names gets a row for "no class", zero; its rows are the labels' own numbers.
 
     Raises:
@@ -111,22 +118,13 @@ def with_classes(kind: Unconditional, class_names: Sequence[str], seed: int) -> 
     network = kind.network
     stored = kind.stored_class_names
     known = None if network.class_embedding is None else network.class_embedding.weight.detach()
-    if known is not None and stored is not None:
-        unknown = [name for name in class_names if name not in stored]
-        if unknown:
-            raise UserError(
-                f"data.label_column: found the classes {', '.join(unknown[:10])}, which the pretrained model does not "
-                f"have; expected some of {', '.join(stored[:20])}"
-            )
-        return ClassConditional(network, kind.noise_scheduler, kind.made_for, stored, kind.shapes, kind.variant)
     if known is not None:
-        names = [str(row) for row in range(len(known))]
-        unknown = [name for name in class_names if name not in names]
-        if unknown:
-            raise UserError(
-                f"data.label_column: found the classes {', '.join(unknown[:10])}; expected numbers from 0 to "
-                f"{len(known) - 1}, since the pretrained model has {len(known)} classes without names"
-            )
+        names = [str(row) for row in range(len(known))] if stored is None else stored
+        if unknown := [name for name in class_names if name not in names]:
+            raise UserError(_unknown(unknown, stored, len(known)))
+        if len(names) < len(known):
+            options = kind.made_for, names, kind.shapes, kind.variant, class_names[0]
+            return ClassConditional(network, kind.noise_scheduler, *options)
         rows = known
     else:
         names, width = list(class_names), network.time_embedding.linear_2.out_features
@@ -138,4 +136,15 @@ def with_classes(kind: Unconditional, class_names: Sequence[str], seed: int) -> 
         embedding.weight.copy_(torch.cat([rows, torch.zeros_like(rows[:1])]))
     network.class_embedding = embedding
     network.register_to_config(num_class_embeds=len(names) + 1)
-    return ClassConditional(network, kind.noise_scheduler, kind.made_for, names, kind.shapes, kind.variant)
+    return ClassConditional(
+        network, kind.noise_scheduler, kind.made_for, names, kind.shapes, kind.variant, class_names[0]
+    )
+
+
+def _unknown(unknown: Sequence[str], stored: Sequence[str] | None, rows: int) -> str:
+    found = f"data.label_column: found the classes {', '.join(unknown[:10])}"
+    if stored is not None:
+        return f"{found}, which the pretrained model does not have; expected some of {', '.join(stored[:20])}"
+    return (
+        f"{found}; expected numbers from 0 to {rows - 1}, since the pretrained model has {rows} classes without names"
+    )

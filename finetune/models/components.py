@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,8 @@ class Folder:
         options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # a bar for each component
         try:
-            network, report = NETWORKS[part].from_pretrained(folder, variant=variant(folder), **options)
+            with without_warnings():  # that weights are missing: it is an error here
+                network, report = NETWORKS[part].from_pretrained(folder, variant=variant(folder), **options)
         except Exception as error:  # diffusers, transformers, safetensors and torch each raise their own
             raise UserError(
                 f"model.pretrained: {folder}: the weights cannot be loaded safely ({first_line(error)}); expected "
@@ -124,6 +127,11 @@ class Folder:
         if isinstance(network, ModelMixin):
             fatal.add("unexpected_keys")  # of transformers' models: buffers that older versions saved
         wrong = [f"{len(report[kind])} {kind.replace('_', ' ')}" for kind in sorted(fatal) if report.get(kind)]
+        if any("lora_" in name for name in report["unexpected_keys"]):
+            raise UserError(
+                f"model.pretrained: {folder}: found adapters (LoRA) among the weights; expected a pipeline without: "
+                "load it with diffusers, call fuse_lora() and unload_lora_weights(), and save it again"
+            )
         if wrong:  # there would be random numbers in their place
             raise UserError(f"model.pretrained: {folder}: the weights do not fit config.json: {', '.join(wrong)}")
         return network.requires_grad_(False).eval()
@@ -187,3 +195,17 @@ def _of_clip(cls: type[Any], folder: Path, what: str) -> Any:
         raise UserError(
             f"model.pretrained: {folder}: the {what} cannot be loaded ({first_line(error)}); expected that of CLIP"
         ) from error
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """diffusers and transformers print their errors only: what they warn of here is expected, or is in the plan."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

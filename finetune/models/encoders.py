@@ -1,6 +1,5 @@
 """The frozen encoders of a Stable Diffusion pipeline: its VAE and its text encoders, in float32."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,7 +9,7 @@ from diffusers import ModelMixin
 
 from finetune.core.kind import Fields
 from finetune.core.shapes import Shape
-from finetune.models.components import Folder
+from finetune.models.components import Folder, without_warnings
 
 _PIXELS = 2**18  # encoded at once: one image of 512 pixels a side, 64 of 64
 _TEXTS = 16  # encoded at once
@@ -152,17 +151,3 @@ def _in_float32(device: torch.device) -> Iterator[None]:
     autocast = torch.amp.is_autocast_available(device.type)  # not on the meta device
     with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
         yield
-
-
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """diffusers and transformers print their errors only: what they warn of here is expected, or is in the plan."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

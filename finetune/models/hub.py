@@ -22,7 +22,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from finetune.core.errors import UserError, first_line
-from finetune.core.files import writing
+from finetune.core.files import permit, writing
 
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model|pytorch_model)(\.\w+)??(-\d+-of-\d+)?\.(safetensors|bin)")
 
@@ -118,6 +118,7 @@ def save_export(save: Callable[[Path], None], folder: Path, card: str, pictures:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             save(partial)
+            permit(partial.rglob("*.safetensors"))
             for picture in pictures:
                 shutil.copy(picture, partial)
             (partial / "README.md").write_text(card, encoding="utf-8")

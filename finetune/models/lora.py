@@ -4,6 +4,7 @@ A layer's output W x becomes W x + alpha / rank B A x. A is drawn from the seed 
 untrained adapter changes nothing.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ GROUPS = {  # endings of modules' names, by what a config may call them
     "feed_forward": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     "convolutions": ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
 }
+ADAPTED = (torch.nn.Linear, torch.nn.Conv2d)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 USAGE = """\
 ```python
@@ -52,6 +54,11 @@ class LoRA(StableDiffusion):
         super().__init__(*parts)
         self.options = options
         add_adapters(self.network, options)
+        if unread := lora_files.unread(self.folder, self.network):
+            raise UserError(
+                f"model.lora.target_modules: found {', '.join(unread)}, which cannot be told apart in an adapter's "
+                "file of kohya's format; expected other layers"
+            )
         draw_adapters(self.network, seed)
         if self.network.conv_in.weight.dtype != torch.get_default_dtype():
             compute_in_own_dtype(self.network)
@@ -106,18 +113,30 @@ def peft_config(network: UNet2DConditionModel, options: LoRAConfig) -> PeftConfi
         UserError: if a target matches no module.
     """
     endings = [ending for target in options.target_modules for ending in GROUPS.get(target, (target,))]
-    names = [name for name, _ in network.named_modules()]
+    layers = dict(network.named_modules())
     for target in options.target_modules:
-        if not any(_ends_with(name, GROUPS.get(target, (target,))) for name in names):
-            raise UserError(
-                f"model.lora.target_modules: found {target!r}, which no layer of the UNet is called; expected "
-                f"{', '.join(GROUPS)} or endings of layers' names, such as to_q"
-            )
+        named = [name for name in layers if _ends_with(name, GROUPS.get(target, (target,)))]
+        others = [name for name in named if not isinstance(layers[name], ADAPTED)]
+        if not named or others:
+            raise UserError(_refusal(target, others, layers))
     sizes: dict[str, Any] = {
         "r": options.rank,
         "lora_alpha": alpha_of(options),
     }  # peft's annotation of alpha is a whole number
     return PeftConfig(**sizes, target_modules=endings, init_lora_weights=False)
+
+
+def _refusal(target: str, others: Sequence[str], layers: Mapping[str, torch.nn.Module]) -> str:
+    """Why a target will not do: it names nothing, or these layers, which cannot have adapters."""
+    found, example = "which no layer of the UNet is called", "to_q"
+    if others:
+        found = f"which is a {type(layers[others[0]]).__name__} in {others[0]}"
+        within = [name for name in layers if name.startswith(f"{others[0]}.") and isinstance(layers[name], ADAPTED)]
+        example = within[0].removeprefix(others[0].removesuffix(target)) if within else example
+    return (
+        f"model.lora.target_modules: found {target!r}, {found}; expected {', '.join(GROUPS)} or endings of the names "
+        f"of linear layers and convolutions, such as {example}"
+    )
 
 
 def alpha_of(options: LoRAConfig) -> float:

@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from accelerate.utils import send_to_device
 from diffusers import UNet2DConditionModel
-from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Arguments
-from finetune.models.components import Folder
-from finetune.models.encoders import bare_pipeline, without_warnings
+from finetune.models.components import Folder, without_warnings
+from finetune.models.encoders import bare_pipeline
 
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 
@@ -28,6 +28,18 @@ def write(folder: Path, base: Folder, network: UNet2DConditionModel, alpha: floa
         if name.endswith(".alpha"):
             converted[name] = torch.tensor(alpha, dtype=torch.float32)
     save_file({name: tensor.contiguous() for name, tensor in converted.items()}, folder / KOHYA)
+
+
+def unread(base: Folder, network: UNet2DConditionModel) -> list[str]:
+    """Layers with adapters that would be lost in kohya's file: diffusers finds other names in it, or none.
+
+    The format joins the parts of a name by underscores, which names have too; diffusers knows most of them by heart.
+    """
+    names = [f"unet.{name}" for name in _adapters(network)]
+    converted = convert_state_dict_to_kohya({name: torch.empty(1, 1) for name in names})
+    read, _ = base.pipeline_class.lora_state_dict(converted, unet_config=network.config)
+    found = convert_unet_state_dict_to_peft(read)
+    return sorted({name.removeprefix("unet.").split(".lora_")[0] for name in names if name not in found})
 
 
 @torch.no_grad()

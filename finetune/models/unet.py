@@ -80,15 +80,17 @@ def load_unet(folder: Path) -> UNet2DModel:
 
 
 def _class_names(index: dict[str, Any], config: dict[str, Any], name: str) -> list[str] | None:
-    """The classes that an exported class-conditional pipeline names, by row; the embedding's last row is "no class"."""
+    """The classes that a class-conditional pipeline names, by row: of all rows, or all but the last, "no class"."""
     named, embedded = index.get("id2label"), config.get("num_class_embeds")
     if named is None or embedded is None:
         return None
-    rows = [str(row) for row in range(embedded - 1)]
-    if not isinstance(named, dict) or sorted(named) != sorted(rows) or len(set(named.values())) != len(rows):
+    count = len(named) if isinstance(named, dict) else 0
+    rows = [str(row) for row in range(count)]
+    fits = count in (embedded - 1, embedded) and sorted(named) == sorted(rows)
+    if not fits or len({*map(str, named.values())}) < count:
         raise UserError(
             f"model.pretrained: {name}: model_index.json names the classes {named}; expected one name for each of the "
-            f"rows 0 to {len(rows) - 1} of the class embedding"
+            f"rows 0 to {embedded - 1} of the class embedding, or for all but the last, which then means no class"
         )
     return [str(named[row]) for row in rows]
 

@@ -3,6 +3,8 @@
 TensorBoard gives each run a colour and each tag a chart. The runs are folders below <output_dir>/tensorboard.
 """
 
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 TRAIN, VALIDATION, AVERAGED, UNCONDITIONAL = "train", "validation", "validation_ema", "validation_unconditional"
 BASE = "validation_base"
+_EVENTS = "events.out.tfevents."
 _SETTINGS = ".settings"  # suffix of the event file that each start writes anew
 
 # Where a scalar of metrics.jsonl is shown: its run and its tag. Charts are sorted by tag, so `loss` comes first.
@@ -104,14 +107,15 @@ class Board(GeneralTracker):  # type: ignore[misc] # Accelerate has no types
     name = "tensorboard"
     requires_logging_directory = True
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: Path, first_step: int, anew: bool = False):
         """Nothing is written before `start`.
 
         Args:
             first_step: the first step that this start may log.
+            anew: purge also what is older, for `replay` to write it.
         """
         super().__init__()
-        self.folder, self.first_step = folder, first_step
+        self.folder, self.first_step, self.purged_from = folder, first_step, 0 if anew else first_step
         self.writers: dict[str, SummaryWriter] = {}
         self._described: set[tuple[str, str]] = set()  # a description is stored once a file, not once a point
 
@@ -130,11 +134,24 @@ class Board(GeneralTracker):  # type: ignore[misc] # Accelerate has no types
 
     def _writer(self, run: str) -> SummaryWriter:
         if run not in self.writers:
-            self.writers[run] = SummaryWriter(str(self.folder / run), purge_step=self.first_step)
+            keep_order(self.folder / run, int(time.time()))
+            self.writers[run] = SummaryWriter(str(self.folder / run), purge_step=self.purged_from)
         return self.writers[run]
 
     def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
         """Write scalars named as in metrics.jsonl, and flush them to disk."""
+        for run in self._write(values, step):
+            self.writers[run].flush()
+
+    def replay(self, lines: Iterable[dict[str, float]]) -> None:
+        """Write the lines of metrics.jsonl of starts that had no TensorBoard here."""
+        for line in lines:
+            self._write({name: value for name, value in line.items() if name != "step"}, int(line["step"]))
+        for writer in self.writers.values():
+            writer.flush()
+
+    def _write(self, values: dict[str, float], step: int | None) -> Iterable[str]:
+        """Write scalars; returns the runs that they belong to."""
         summaries: dict[str, Summary] = {}
         for name, number in values.items():
             run, tag = place(name)
@@ -145,7 +162,7 @@ class Board(GeneralTracker):  # type: ignore[misc] # Accelerate has no types
             summaries.setdefault(run, Summary()).MergeFrom(described)
         for run, summary in summaries.items():
             _add(self._writer(run), summary, step)
-            self._writer(run).flush()
+        return summaries
 
     def picture(self, name: str, step: int, picture: Image.Image) -> None:
         """Write a picture; those are made by evaluations, and so belong to the run `validation`."""
@@ -177,6 +194,20 @@ class Board(GeneralTracker):  # type: ignore[misc] # Accelerate has no types
         """Flush and close."""
         for writer in self.writers.values():
             writer.close()
+
+
+def keep_order(folder: Path, now: int) -> None:
+    """Have the event files of a folder come before one that is made now.
+
+    TensorBoard reads them in the order of their names, which begin with the second of their making. Of a start on a
+    host whose clock is behind, or within the same second, it would take the new points for old ones, and purge them.
+    """
+    for file in sorted(folder.glob(f"{_EVENTS}*"), reverse=True):
+        made, _, rest = file.name.removeprefix(_EVENTS).partition(".")
+        if not made.isdecimal() or int(made) < now:
+            return
+        now -= 1
+        file.rename(folder / f"{_EVENTS}{now:010d}.{rest}")
 
 
 def _add(writer: SummaryWriter, summary: Summary, step: int | None = None) -> None:

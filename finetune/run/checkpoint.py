@@ -23,7 +23,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from finetune.core.distributed import together
 from finetune.core.errors import UserError, first_line
-from finetune.core.files import writing
+from finetune.core.files import permit, writing
 from finetune.core.groups import gathered
 from finetune.run import manifest, shards
 
@@ -103,6 +103,7 @@ def save(
     @writing(folder)
     def publish() -> None:
         if accelerator.is_main_process:
+            permit(temporary.glob("*.safetensors"))
             if parts is not None:
                 manifest.seal(temporary, step, [RUN_STATE], described)
             else:

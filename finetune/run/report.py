@@ -121,10 +121,13 @@ class Report:
         settings: dict[str, float | str],
         step: int,
         total_steps: int,
+        branch: bool = False,
     ):
         """Keep what was logged up to `step`; -1 starts empty.
 
         Args:
+            branch: whether it was logged in another folder, and only `metrics.jsonl` is a copy. TensorBoard is then
+                given it from there, as also where it was not used before.
             settings: of the run, for the table in which TensorBoard compares runs.
         """
         self.accelerator, self.shown = accelerator, accelerator.is_main_process
@@ -133,12 +136,15 @@ class Report:
         others = [name for name in accelerator.log_with if str(name) != "tensorboard"]
         if len(others) < len(accelerator.log_with):
             self.curves = output_dir / "tensorboard"
-            self.board = Board(self.curves, step + 1) if self.shown else None
+            anew = branch or not any(self.curves.glob("*/events*"))
+            self.board = Board(self.curves, step + 1, anew) if self.shown else None
             # In place of Accelerate's own, which has neither runs beside each other nor descriptions.
             accelerator.log_with = [*others, self.board] if self.board else others
         with writing(self.curves):
             accelerator.init_trackers(output_dir.name)
             if self.board is not None:
+                if anew and self.history is not None:
+                    self.board.replay(self.history.read())
                 self.board.settings(f"{output_dir.name} in {output_dir.parent}", config_yaml, settings)
         self.progress = Progress(max(step, 0), total_steps, self.shown)
 

@@ -15,6 +15,7 @@ from finetune.core.batch import BatchLayout
 from finetune.core.distributed import on_main_process, say, together
 from finetune.core.errors import UserError
 from finetune.core.files import atomic, require_room
+from finetune.core.hosts import require_same
 from finetune.core.kind import Kind
 from finetune.core.sharding import is_sharded
 from finetune.core.stopping import StopCheck, StopRequest
@@ -66,6 +67,7 @@ def find_start(
     """
     length = Length.of(config, num_images, layout.global_batch_size)
     own_identity = identity(config, data_fingerprint, kind, layout.global_batch_size)
+    require_same(own_identity, _other_files)
     checkpoints = Checkpoints(Path(config.output_dir), config.checkpoint.resume, config.checkpoint.keep)
 
     def find() -> tuple[Path | None, list[Path]]:
@@ -79,6 +81,17 @@ def find_start(
 
     folder, existing = on_main_process(find)
     return Start(folder, length, own_identity, checkpoints, existing)
+
+
+def _other_files(expected: dict[str, Any], found: dict[str, Any], there: str, here: str) -> str | None:
+    """Why a host's files make another run of the same config, if they do."""
+    changed = [phrase.partition(":")[0] for phrase in differences(expected, found)]
+    if not changed:
+        return None
+    return (
+        f"model: found other files on {there} than on {here}, which differ in {', '.join(changed)}; expected the same "
+        "model and images on every host"
+    )
 
 
 def _check_same_run(folder: Path, own_identity: dict[str, Any], length: Length) -> int:
@@ -158,7 +171,7 @@ def start_run(
     if branch_point is not None:
         together(lambda: _copy_metrics(branch_point, config) if accelerator.is_main_process else None)
     step = -1 if folder is None else state.step
-    report = together(lambda: _open_report(config, accelerator, step, start.length))
+    report = together(lambda: _open_report(config, accelerator, step, start.length, branch_point is not None))
     stop = StopRequest()
     check_stop = StopCheck(stop.requested)
     run = Run(
@@ -232,10 +245,10 @@ def _copy_metrics(folder: Path, config: Config) -> None:
             shutil.copyfile(metrics, partial)
 
 
-def _open_report(config: Config, accelerator: Accelerator, saved_step: int, length: Length) -> Report:
+def _open_report(config: Config, accelerator: Accelerator, saved_step: int, length: Length, branch: bool) -> Report:
     resolved, output_dir = to_yaml(config), Path(config.output_dir)
     if accelerator.is_main_process:
         with atomic(output_dir / "config.yaml") as partial:
             partial.write_text(resolved, encoding="utf-8")
     settings = hyperparameters(config, length.global_batch_size, length.total_steps)
-    return Report(accelerator, output_dir, resolved, settings, saved_step, length.total_steps)
+    return Report(accelerator, output_dir, resolved, settings, saved_step, length.total_steps, branch)

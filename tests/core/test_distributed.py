@@ -1,14 +1,18 @@
 """What the main process makes for all processes of a launch."""
 
+import argparse
 import json
+import shutil
+import socket
 
 import datasets
 import datasets.table
 import pytest
 
 from finetune.data import loading, tables
+from finetune.models import unconditional
 from harness.compare import differing
-from harness.configs import tiny_config, write_config, write_pictures
+from harness.configs import picture, tiny_config, write_config, write_pictures
 from harness.faults import skip_the_export
 from harness.processes import run_two
 
@@ -47,6 +51,51 @@ def test_the_main_process_alone_looks_at_the_pictures(config, tmp_path):
     assert not (tmp_path / "looked-at-1").exists()
 
 
+@pytest.mark.parametrize(
+    ("second", "problem"),
+    [
+        (
+            ["training.num_epochs=3"],
+            "overrides ['training.num_epochs=3'] on process 1 (HOST), and [] on process 0 (HOST)",
+        ),
+        (["--check"], "check True on process 1 (HOST), and False on process 0 (HOST)"),
+        (
+            ["--config", "nowhere/other.yaml"],
+            "config other.yaml on process 1 (HOST), and config.yaml on process 0 (HOST)",
+        ),
+    ],
+    ids=["overrides", "flags", "config"],
+)
+def test_two_hosts_with_different_commands_are_refused(config, tmp_path, second, problem):
+    """The second one's would be passed over, or leave the first waiting."""
+
+    def before(process):
+        if process == 1:  # as another host's command line
+            parse = argparse.ArgumentParser.parse_intermixed_args
+            words = ["--config", str(config), *second]
+            argparse.ArgumentParser.parse_intermixed_args = lambda self: parse(self, words)
+
+    main, other = run_two("--config", config, folder=tmp_path, before=before)
+    assert (main.returncode, other.returncode) == (2, 2)
+    problem = problem.replace("HOST", socket.gethostname())
+    assert main.error == f"launch: found {problem}; expected the same command for all processes"
+    assert other.errors == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_hosts_may_keep_the_config_in_folders_of_their_own(config, tmp_path):
+    def before(process):
+        skip_the_export()
+        if process == 1:
+            parse = argparse.ArgumentParser.parse_intermixed_args
+            argparse.ArgumentParser.parse_intermixed_args = lambda self: parse(
+                self, ["--config", "of/mine/config.yaml"]
+            )
+
+    outcomes = run_two("--config", config, folder=tmp_path, before=before)
+    assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes
+
+
 def test_a_host_with_a_cache_of_its_own_decodes_for_itself(config, tmp_path):
     """The second process has another cache, and none of the first one's files."""
 
@@ -72,3 +121,64 @@ def test_a_host_with_a_cache_of_its_own_decodes_for_itself(config, tmp_path):
     again = run_two(*arguments, folder=tmp_path, before=lambda process: skip_the_export())
     assert [outcome.returncode for outcome in again] == [0, 0], again
     assert differing(tmp_path / "run", tmp_path / "shared", 2) == []
+
+
+@pytest.mark.parametrize("difference", ["changed", "missing", "another name"])
+def test_a_host_with_other_pictures_is_named(config, tmp_path, difference):
+    """Its folder is a copy of its own, which somebody changed; nothing is trained on a mixture."""
+
+    def before(process):
+        if process == 0:
+            return
+        datasets.config.HF_DATASETS_CACHE, open_source = tmp_path / "cache", loading.open_source
+
+        def of_this_host(source, *arguments):
+            own = tmp_path / "own"
+            if not own.exists():
+                shutil.copytree(source, own)
+                if difference == "changed":
+                    picture((8, 8), 77).save(own / "0003.png")
+                elif difference == "missing":
+                    (own / "0003.png").unlink()
+                else:
+                    (own / "0003.png").rename(own / "9999.png")
+            return open_source(str(own), *arguments)
+
+        loading.open_source, datasets.table._memory_mapped_arrow_table_from_file = of_this_host, unreadable
+
+    read = datasets.table._memory_mapped_arrow_table_from_file
+
+    def unreadable(file):
+        if str(tmp_path / "cache") not in str(file):
+            raise FileNotFoundError(file)
+        return read(file)
+
+    main, other = run_two("--config", config, folder=tmp_path, before=before)
+    assert (main.returncode, other.returncode) == (2, 2), (main, other)
+    host, count = socket.gethostname(), 15 if difference == "missing" else 16
+    assert main.error == (
+        f"data.source: {tmp_path / 'pictures'}: found other images on process 1 ({host}), {count} of them, than "
+        f"on process 0 ({host}), 16; expected the same files under the same names on every host"
+    )
+    assert other.errors == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_host_with_another_model_is_named(config, tmp_path):
+    """Its folder has another network's config, text encoder or base of adapters; the weights alone may differ, since
+    those of the main process count."""
+
+    def before(process):
+        if process == 1:
+            own = unconditional.Unconditional.identity
+            unconditional.Unconditional.identity = lambda kind: own(kind) | {"encoders": {"vae": "of this host"}}
+
+    main, other = run_two("--config", config, folder=tmp_path, before=before)
+    assert (main.returncode, other.returncode) == (2, 2), (main, other)
+    host = socket.gethostname()
+    assert main.error == (
+        f"model: found other files on process 1 ({host}) than on process 0 ({host}), which differ in encoders; "
+        "expected the same model and images on every host"
+    )
+    assert other.errors == []
+    assert not (tmp_path / "run").exists()

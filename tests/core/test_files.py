@@ -1,11 +1,15 @@
 """Atomic writes: a file is replaced completely or not at all, and only where there is room."""
 
+import os
+import stat
 from collections import namedtuple
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from finetune.core.errors import UserError
-from finetune.core.files import atomic, require_room
+from finetune.core.files import atomic, permit, require_room
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):
@@ -42,3 +46,17 @@ def test_too_little_room_is_refused_with_both_numbers(tmp_path, monkeypatch):
     assert str(failure.value) == (
         "output_dir: here: found 1,234 bytes free, expected 1,235 for files; free some, or set another"
     )
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_of_safetensors_get_the_permissions_of_other_new_files(tmp_path, umask, mode):
+    """It makes them for their owner alone, who would be the only one to resume or load them from a shared folder."""
+    before = os.umask(umask)
+    try:
+        save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+        assert stat.S_IMODE((tmp_path / "weights.safetensors").stat().st_mode) == 0o600
+        permit(tmp_path.glob("*"))
+        assert stat.S_IMODE((tmp_path / "weights.safetensors").stat().st_mode) == mode
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)

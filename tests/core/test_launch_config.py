@@ -139,3 +139,28 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, environment, text):
     assert problem.startswith(f"launch: {file}: cannot be used (")
     assert problem.endswith("as accelerate config writes one; ACCELERATE_CONFIG_FILE names another")
     assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mixed_precision": False}, "mixed_precision is false, as YAML reads the word no without quotes: write 'no'"),
+        (
+            {"distributed_type": False},
+            "distributed_type is false, as YAML reads the word no without quotes: write 'no'",
+        ),
+        ({"num_processes": "two"}, "num_processes is 'two', not a whole number"),
+        ({"num_processes": True}, "num_processes is True, not a whole number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(tmp_path, environment, changes, reason):
+    environment["ACCELERATE_CONFIG_FILE"] = file = write(tmp_path, **changes)
+    with pytest.raises(UserError) as refused:
+        take_launch_config()
+    assert refused.value.problems[0].startswith(f"launch: {file}: cannot be used ({reason}); expected a config file")
+
+
+def test_a_number_of_processes_that_is_left_open_is_one(tmp_path, environment, capsys):
+    environment["ACCELERATE_CONFIG_FILE"] = write(tmp_path, num_processes=None, mixed_precision="bf16")
+    take_launch_config()
+    assert (environment["ACCELERATE_MIXED_PRECISION"], capsys.readouterr().out) == ("bf16", "")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from finetune.core import randomness
 from finetune.core.errors import UserError
 from finetune.core.shapes import Shape
+from finetune.data import store
 from finetune.data.captions import Captions
 from finetune.data.encoded_batches import CroppedBatches, EncodedBatches, size_and_crop
 from finetune.data.encodings import Encodings, image_key
@@ -233,6 +234,34 @@ def test_a_damaged_piece_is_made_again(accelerator):
         assert file.read_bytes() == content
 
 
+def test_pieces_have_the_permissions_of_new_files(accelerator, tmp_path):
+    """Users who share a cache read each other's."""
+    (tmp_path / "new").touch()
+    encodings = made(accelerator)
+    files = [*encodings.embeddings.folder.glob("*"), *encodings.posteriors[Shape(4, 4)].folder.glob("*")]
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "new").stat().st_mode}
+
+
+@pytest.mark.parametrize(
+    ("error", "missing"), [(PermissionError(13, "Permission denied"), None), (FileNotFoundError(), 5)]
+)
+def test_a_piece_that_may_not_be_read_is_named_and_one_that_is_gone_is_missing(
+    accelerator, monkeypatch, error, missing
+):
+    folder = made(accelerator).posteriors[Shape(4, 4)].folder
+
+    def fail(file, framework):
+        raise error
+
+    monkeypatch.setattr(store, "safe_open", fail)
+    if missing is not None:
+        assert len(find().missing_images) == missing
+    else:
+        with pytest.raises(UserError, match=rf"^encodings: {folder}/\w+\.safetensors: cannot be read \(Permission de"):
+            find()
+    assert len([*folder.glob("*.safetensors")]) == 1  # nobody else's file is deleted
+
+
 def test_the_plan_says_how_much_there_is_and_how_much_is_missing(accelerator):
     """Five images of 2 x 8 numbers and six texts of 6 numbers, four bytes each: 320 + 144 bytes."""
     encodings = find(pictures=images(texts=[["a"], ["b", "c"], ["a"], ["d"], ["a long caption"]]))
@@ -242,6 +271,18 @@ def test_the_plan_says_how_much_there_is_and_how_much_is_missing(accelerator):
     assert cut_off == "captions cut off after 3 tokens: 1 of 5, 'a long caption'"
     encodings.make(accelerator)
     assert encodings.notes[0] == "encodings: 5 latents and 6 texts, 0.0 MB on disk"
+
+
+LONG = ["a long caption", "a prompt too long", "abc"]
+
+
+def test_prompts_that_are_cut_off_are_named_beside_the_captions():
+    """A prompt that is also a caption is named once."""
+    encodings = find(pictures=images(texts=[["a"], ["b"], ["a"], ["d"], ["a long caption"]]), prompts=LONG)
+    assert encodings.notes[1:] == [
+        "captions cut off after 3 tokens: 1 of 4, 'a long caption'",
+        "prompts cut off after 3 tokens: 1 of 2, 'a prompt too long'",
+    ]
 
 
 def test_the_first_images_are_encoded_alone_with_their_first_captions(accelerator):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
@@ -35,10 +36,42 @@ def test_classes_are_asked_for_by_name_or_row(kind):
     assert pipeline.labels == {"cat": 0, "dog": 1, "emu": 2}
     assert pipeline.get_label_ids(["emu", 0]) == [2, 0]
     assert pipeline.get_label_ids("dog") == [1]
-    for unknown in ("fox", 3, -1):
+    for unknown in ("fox", 3, -1, 1.5, True, "1", ["cat"]):
         with pytest.raises(ValueError, match=r"class_labels: found \[.*\]; expected names or rows of \{'cat': 0"):
             pipeline.get_label_ids([unknown])
     assert torch.equal(draw(pipeline, ["cat", "emu"]), draw(pipeline, [0, 2]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows"),
+    [
+        (None, [3]),  # the last row is that of "no class"
+        (["cat", None, 2], [0, 3, 2]),
+        (("cat", "dog"), [0, 1]),
+        (range(2), None),
+        (torch.tensor([2, 0]), [2, 0]),
+        (torch.tensor(1), [1]),
+        (np.array([1, 1]), [1, 1]),
+        ([np.int64(2), torch.tensor(0)], [2, 0]),
+        ([], None),
+    ],
+    ids=str,
+)
+def test_several_ways_to_ask_for_classes(kind, asked, rows):
+    pipeline = kind.pipeline()
+    if rows is not None:
+        assert pipeline.get_label_ids(asked) == rows
+    else:
+        with pytest.raises(ValueError, match=r"class_labels: found .*; expected names or rows of \{'cat': 0"):
+            pipeline.get_label_ids(asked)
+
+
+def test_no_class_is_what_guidance_compares_with(kind):
+    """At scale 0 nothing is left of the class: uncond + 0 (cond - uncond)."""
+    pipeline = kind.pipeline()
+    assert torch.equal(draw(pipeline, ["cat"], guidance_scale=0.0), draw(pipeline, [None], guidance_scale=0.0))
+    expected = draw(pipeline, ["cat"], guidance_scale=0.0)
+    torch.testing.assert_close(draw(pipeline, None, guidance_scale=1.0), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

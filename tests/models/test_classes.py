@@ -77,6 +77,22 @@ def test_a_plain_class_conditional_network_keeps_its_rows_and_gets_one_for_none(
         with_classes(load_kind(config, None, 0), ["0", "3"], seed=0)
 
 
+def test_a_network_whose_rows_all_have_names_keeps_them_and_gets_a_row_for_none(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DModel(**UNET, num_class_embeds=3)
+    rows = unet.class_embedding.weight.detach().clone()
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "named")
+    file = tmp_path / "named/model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": {"0": "emu", "1": "cat", "2": "dog"}}))
+    config = ModelConfig(pretrained=str(tmp_path / "named"), class_conditional=True)
+    kind = with_classes(load_kind(config, None, 0), ["cat", "dog"], seed=0)
+    assert kind.class_names == ["emu", "cat", "dog"]
+    assert kind.network.config.num_class_embeds == 4
+    assert torch.equal(kind.network.class_embedding.weight, torch.cat([rows, torch.zeros(1, EMBEDDING)]))
+    with pytest.raises(UserError, match="found the classes fox, which the pretrained model does not have; expected"):
+        with_classes(load_kind(config, None, 0), ["fox"], seed=0)
+
+
 @pytest.fixture
 def exported(base, tmp_path):
     kind = with_classes(base, NAMES, seed=0)
@@ -103,7 +119,15 @@ def test_a_class_conditional_network_is_not_trained_without_its_classes(exported
 
 
 @pytest.mark.parametrize(
-    "names", [{"0": "cat"}, {"0": "cat", "1": "cat", "2": "dog"}, {"1": "a", "2": "b", "3": "c"}, ["a", "b", "c"], 7]
+    "names",
+    [
+        {"0": "cat"},
+        {"0": "cat", "1": "cat", "2": "dog"},
+        {"1": "a", "2": "b", "3": "c"},
+        ["a", "b", "c"],
+        7,
+        dict(zip("01234", "abcde", strict=True)),
+    ],
 )
 def test_names_that_do_not_fit_the_embedding_are_refused(exported, names):
     _, folder = exported

@@ -21,6 +21,8 @@ def test_an_exported_pipeline_generates(tmp_path, pipeline_class):
     assert not (folder / "of a run before").exists()
     assert (folder / "README.md").read_text() == "# card"
     assert (folder / "grid.png").read_text() == "pixels"
+    modes = {file.name: file.stat().st_mode for file in folder.rglob("*") if file.is_file()}
+    assert modes == dict.fromkeys(modes, modes["README.md"])  # the weights too, which safetensors makes private
     pipeline = pipeline_class.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images

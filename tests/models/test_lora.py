@@ -210,13 +210,63 @@ def test_the_weights_of_the_base_are_part_of_its_identity(folders, tmp_path):
             ["attention", "to_w"],
             "model.lora.target_modules: found 'to_w', which no layer of the UNet is called; expected",
         ),
-        (["norm1"], "model.lora.target_modules: Target module "),
+        (
+            ["norm1"],
+            "model.lora.target_modules: found 'norm1', which is a LayerNorm in down_blocks.0.attentions.0."
+            "transformer_blocks.0.norm1; expected",
+        ),
+        (
+            ["to_out"],
+            "model.lora.target_modules: found 'to_out', which is a ModuleList in down_blocks.0.attentions.0."
+            "transformer_blocks.0.attn1.to_out; expected attention, feed_forward, convolutions or endings of the names "
+            "of linear layers and convolutions, such as to_out.0",
+        ),
+        (["to_q", "mid_block"], "model.lora.target_modules: found 'mid_block', which is a UNetMidBlock2DCrossAttn in "),
     ],
 )
 def test_targets_that_cannot_have_adapters_are_refused(folder, targets, line):
     with pytest.raises(UserError) as caught:
         load(folder, target_modules=targets)
     assert caught.value.problems[0].startswith(line)
+
+
+def test_layers_that_the_file_of_kohya_does_not_tell_apart_are_refused_before_the_training(folders):
+    """SDXL's add_embedding has linear_1 and linear_2, of which diffusers reads one name, add.embedding.linear."""
+    with pytest.raises(UserError) as caught:
+        load(folders["sdxl"], target_modules=["linear_1", "add_embedding.linear_2"])
+    assert caught.value.problems == (
+        "model.lora.target_modules: found add_embedding.linear_1, add_embedding.linear_2, which cannot be told apart "
+        "in an adapter's file of kohya's format; expected other layers",
+    )
+
+
+def test_every_other_layer_that_is_linear_or_a_convolution_is_exported(folder, tmp_path):
+    layers = dict(load_kind(ModelConfig(pretrained=folder), None, 0).network.named_modules())
+    kinds = torch.nn.Linear | torch.nn.Conv2d
+    names = [name for name, layer in layers.items() if isinstance(layer, kinds) and "add_embedding" not in name]
+    kind = trained(load(folder, target_modules=names), scale=0.05)
+    assert len(kind.trainable()) == 2 * len(names)
+    kind.save(tmp_path / "lora")  # verified
+
+
+def test_a_base_with_adapters_among_its_weights_is_refused_with_what_to_do(folder, tmp_path, capfd):
+    """As save_pretrained writes a pipeline that has loaded one; fused into its weights, it is taken."""
+    trained(load(folder)).save(tmp_path / "lora")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    pipeline.save_pretrained(tmp_path / "with")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "fused")
+    capfd.readouterr()
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "with")
+    assert caught.value.problems == (
+        f"model.pretrained: {tmp_path / 'with'}/unet: found adapters (LoRA) among the weights; expected a pipeline "
+        "without: load it with diffusers, call fuse_lora() and unload_lora_weights(), and save it again",
+    )
+    assert "weights" not in capfd.readouterr().err  # diffusers lists a hundred that are missing
+    load(tmp_path / "fused")
 
 
 def test_adapters_are_for_text_to_image_models():

@@ -2,7 +2,9 @@
 
 import io
 import re
-from signal import SIGTERM
+import time
+from functools import partial
+from signal import SIGKILL, SIGTERM
 
 import numpy as np
 import pytest
@@ -12,11 +14,11 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import metadata
 
-from finetune.run.board import CHARTS, DESCRIPTIONS, PLACES, Board, description, place
+from finetune.run.board import CHARTS, DESCRIPTIONS, PLACES, Board, description, keep_order, place
 from finetune.run.run import Run
 from harness.compare import board, curves, history
 from harness.configs import EVALUATED_STEPS, evaluated_config, write_config, write_pictures
-from harness.faults import signal_at
+from harness.faults import kill_at, signal_at
 from harness.processes import finish, run
 
 LENGTH = EVALUATED_STEPS + 3  # of the resumed run: one epoch more
@@ -193,6 +195,61 @@ def test_steps_that_are_done_again_replace_those_of_the_first_time(tmp_path):
         "validation/loss": [(0, 0), (1, 1), (2, 2)],  # not validated again yet: what is not true any more is gone
         "validation_ema/loss": [(0, 0), (1, 1), (2, 2)],
     }
+
+
+def test_a_branch_shows_the_curves_of_the_run_that_it_came_from_once(resumed, tmp_path):
+    """Also where its first start was killed while it copied them."""
+    command = ("--config", resumed.parent / "run.yaml", f"output_dir={tmp_path / 'branch'}", "training.num_epochs=3")
+    command += (f"checkpoint.resume={resumed / 'checkpoint-8'}",)
+    killed = run(*command, folder=tmp_path, before=lambda: kill_at(Board, "_write", 4))
+    assert killed.returncode == -SIGKILL
+    finish(*command, folder=tmp_path)
+    shown = curves(tmp_path / "branch")
+    for name in ("train/loss/each_update", "validation/loss", "train/progress/epoch"):
+        assert [step for step, _ in shown[name]] == sorted({step for step, _ in shown[name]})
+        assert [point for point in shown[name] if point[0] <= 8] == [p for p in curves(resumed)[name] if p[0] <= 8]
+    assert [step for step, _ in shown["train/loss/each_update"]] == [*range(1, LENGTH + 1)]
+    assert [text.step for text in board(tmp_path / "branch/tensorboard/train").Tensors("config/text_summary")] == [9]
+
+
+def test_a_run_that_had_no_tensorboard_shows_its_first_steps_too(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 19)
+    file = write_config(tmp_path / "run.yaml", evaluated_config(pictures, tmp_path / "run", logging__tracker=None))
+    stop = partial(signal_at, SIGTERM, Run, "finish_step", 4)
+    assert run("--config", file, folder=tmp_path, before=stop).returncode == 143
+    assert not (tmp_path / "run/tensorboard").exists()
+    finish("--config", file, "logging.tracker=tensorboard", folder=tmp_path)
+    losses = {line["step"]: line["train/loss"] for line in history(tmp_path / "run") if "train/loss" in line}
+    assert [*losses] == [*range(1, EVALUATED_STEPS + 1)]
+    expected = [(step, float(np.float32(loss))) for step, loss in losses.items()]
+    assert curves(tmp_path / "run")["train/loss/each_update"] == expected
+
+
+def test_event_files_are_put_before_one_that_is_made_now(tmp_path):
+    """Made in seconds 5, 8, 8 and 9, by clocks that were ahead: at 8 three of them become 5 to 7, the first 4."""
+    for name in ("5.a.1.0", "8.a.2.0", "8.b.3.0", "9.a.4.0.x"):
+        (tmp_path / f"events.out.tfevents.{int(name[0]):010d}{name[1:]}").write_text(name)
+    keep_order(tmp_path, 8)
+    files = sorted(tmp_path.iterdir())
+    assert [file.read_text() for file in files] == ["5.a.1.0", "8.a.2.0", "8.b.3.0", "9.a.4.0.x"]
+    assert [int(file.name.split(".")[3]) for file in files] == [4, 5, 6, 7]
+    keep_order(tmp_path, 8)
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_a_run_that_is_resumed_where_the_clock_is_behind_shows_all_its_points(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 19)
+    file = write_config(tmp_path / "run.yaml", evaluated_config(pictures, tmp_path / "run"))
+    stop = partial(signal_at, SIGTERM, Run, "finish_step", 4)
+    assert run("--config", file, folder=tmp_path, before=stop).returncode == 143
+
+    def before():
+        ahead = time.time
+        time.time = lambda: ahead() - 100_000
+
+    finish("--config", file, folder=tmp_path, before=before)
+    losses = curves(tmp_path / "run")["train/loss/each_update"]
+    assert [step for step, _ in losses] == [*range(1, EVALUATED_STEPS + 1)]
 
 
 def test_a_run_without_a_moving_average_has_no_empty_run_for_it(tmp_path):

@@ -26,6 +26,13 @@ def test_loading_restores_what_was_saved(save, accelerator):
     assert checkpoint.step_of(folder) == 7
 
 
+def test_all_of_it_has_the_permissions_of_new_files(save, tmp_path):
+    (tmp_path / "new").touch()
+    modes = {file.name: file.stat().st_mode for file in save(7).iterdir()}
+    assert modes == dict.fromkeys(modes, (tmp_path / "new").stat().st_mode)
+    assert {"model.safetensors", "ema.safetensors"} <= modes.keys()
+
+
 @pytest.mark.parametrize(("damage", "file"), DAMAGE)
 def test_a_damaged_file_is_named(save, damage, file):
     folder = save(1)

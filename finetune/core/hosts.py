@@ -1,0 +1,52 @@
+"""What may not differ between the hosts of a run, each of which has a command line and files of its own."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from finetune.core.distributed import printed_once
+from finetune.core.errors import UserError
+from finetune.core.groups import gathered
+
+T = TypeVar("T")
+
+
+def check_same_command(config: str, **options: Any) -> None:
+    """Find processes that were started with another command, which would silently not count. Called by all processes.
+
+    On several hosts each command is typed, or filled in, on its own; the main process reads the config for all.
+
+    Args:
+        config: its file, of which the name has to be the same, and not the folder.
+
+    Raises:
+        UserError: on all processes, with the first difference.
+    """
+
+    def problem(expected: dict[str, Any], found: dict[str, Any], there: str, here: str) -> str | None:
+        for name in (name for name in expected if found[name] != expected[name]):
+            return (
+                f"launch: found {name} {found[name]} on {there}, and {expected[name]} on {here}; expected the same "
+                "command for all processes"
+            )
+        return None
+
+    require_same({"config": Path(config).name, **options}, problem)
+
+
+def require_same(own: T, problem: Callable[[T, T, str, str], str | None]) -> None:
+    """Find what differs between processes and may not: each host has its own files. Called by all processes.
+
+    Args:
+        own: what this process has; has to be picklable.
+        problem: of what the main process has and what another one has, and the names of that other and of the main
+            one; None if they are the same run.
+
+    Raises:
+        UserError: on all processes, with the first problem.
+    """
+    (expected, main_host), *others = gathered((own, socket.gethostname()))
+    for number, (found, host) in enumerate(others, 1):
+        if told := problem(expected, found, f"process {number} ({host})", f"process 0 ({main_host})"):
+            raise printed_once(UserError(told))
