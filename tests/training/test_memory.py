@@ -4,6 +4,7 @@ import ctypes
 import gc
 import re
 import resource
+import threading
 from contextlib import suppress
 
 import pytest
@@ -246,6 +247,7 @@ def limit_address_space(images):
     room = int(1.5 * images * activation_bytes(unconditional(LARGER)))
     libc = ctypes.CDLL(None)
     libc.mallopt(-8, 1)  # M_ARENA_MAX: threads that decode would each reserve 64 MB, which training then could use
+    threading.stack_size(1 << 18)  # of 8 MB each otherwise, as many as happen to run at once
 
     def limit():
         libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: memory that is freed leaves the address space
