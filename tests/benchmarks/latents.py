@@ -1,18 +1,21 @@
 """What training on encodings costs beside the bare compute, gains over encoding in the loop, and takes of memory.
 
-    python tests/benchmarks/latents.py            # about two minutes on two CPU cores
+    python tests/benchmarks/latents.py            # about four minutes on two CPU cores
     python tests/benchmarks/latents.py --short
 
-VAE and UNet have the layers of Stable Diffusion 1.5 at an eighth of its width, and images of 128 instead of 512 pixels
-a side: the proportions of their arithmetic are the same.
+The networks have the layers of Stable Diffusion 1.5: at an eighth of its width, for images of 128 instead of 512 pixels
+a side, where fixed costs weigh most; and, for the gain over encoding in the loop, at a quarter of its width, for 256
+pixels a side and a quarter of the tokens, where the proportions of their arithmetic are nearer.
 """
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from environment import FOLDER, ROOT, machine, parser
 
@@ -21,6 +24,7 @@ from bare import beside_the_trainer, in_turns, milliseconds, ratio
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from table import head, row
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from finetune.config.inputs import LoRAConfig
 from finetune.config.schema import Config
@@ -28,55 +32,69 @@ from finetune.models.lora import add_adapters, draw_adapters
 from harness.configs import tiny_config, write_config, write_pictures
 from harness.pipelines import LENGTH, pipeline
 
-WIDTHS, SIZE = (40, 80, 160, 160), 128
-BATCH = 16
+SIZE, BATCH = 128, 16  # pixels a side and images of an update
 
 
-def save_proportional(folder: Path, short: bool) -> Path:
-    """A pipeline with the proportions of Stable Diffusion 1.5, or a tiny one."""
-    made = pipeline()
-    if not short:
-        torch.manual_seed(0)
-        made.register_modules(
-            vae=AutoencoderKL(
-                in_channels=1,
-                out_channels=1,
-                block_out_channels=[width // 8 for width in (128, 256, 512, 512)],
-                down_block_types=["DownEncoderBlock2D"] * 4,
-                up_block_types=["UpDecoderBlock2D"] * 4,
-                layers_per_block=2,
-                latent_channels=4,
-                norm_num_groups=8,
-            ),
-            unet=UNet2DConditionModel(
-                sample_size=SIZE // 8,
-                block_out_channels=WIDTHS,
-                cross_attention_dim=8,
-                attention_head_dim=8,
-                norm_num_groups=8,
-            ),
-        )
-    made.save_pretrained(folder)
-    return folder
+class Networks(NamedTuple):
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+
+
+def proportional(divisor: int, size: int, tokens: int, width: int) -> Networks:
+    """Stable Diffusion 1.5 at a part of its width, for grey images of so many pixels a side.
+
+    Args:
+        tokens: that its text encoder reads, whose embeddings are `width` wide.
+    """
+    torch.manual_seed(0)
+    return Networks(
+        AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=[width // divisor for width in (128, 256, 512, 512)],
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            layers_per_block=2,
+            latent_channels=4,
+            norm_num_groups=8,
+        ),
+        UNet2DConditionModel(
+            sample_size=size // 8,
+            block_out_channels=[width // divisor for width in (320, 640, 1280, 1280)],
+            cross_attention_dim=width,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        ),
+        CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=width,
+                intermediate_size=4 * width,
+                num_hidden_layers=12,
+                num_attention_heads=8,
+                max_position_embeddings=tokens,
+            )
+        ),
+    )
 
 
 class BareLatents:
-    """Updates on one encoded batch in memory, with the optimizer and the average of train.py."""
+    """Updates on one encoded batch in memory, with the optimizer and the average of diffusers' scripts."""
 
-    def __init__(self, folder: Path, lora: bool = False):
-        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet").train()
+    def __init__(self, networks: Networks, size: int, batch: int, lora: bool = False):
+        self.vae, self.unet, self.text_encoder = copy.deepcopy(networks)
+        self.vae.requires_grad_(False).eval()
+        self.text_encoder.requires_grad_(False).eval()
         if lora:
             add_adapters(self.unet, LoRAConfig(rank=4))
             draw_adapters(self.unet, 0)
-        trained = [weight for weight in self.unet.parameters() if weight.requires_grad]
-        self.vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-        self.trained, self.ema = trained, EMAModel(trained, foreach=True)
-        side = self.unet.config.sample_size
-        pixels = side * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.images = torch.rand(BATCH, 1, pixels, pixels)
-        self.noisy, self.noise = torch.randn(2, BATCH, 4, side, side)
-        self.text, self.timesteps = torch.randn(BATCH, LENGTH, 8), torch.randint(0, 100, (BATCH,))
+        self.trained = [weight for weight in self.unet.train().parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
+        self.ema = EMAModel(self.trained, foreach=True)
+        tokens, side = self.text_encoder.config.max_position_embeddings, self.unet.config.sample_size
+        self.images, self.captions = torch.rand(batch, 1, size, size), torch.randint(0, 1000, (batch, tokens))
+        self.noisy, self.noise = torch.randn(2, batch, 4, side, side)
+        self.text, self.timesteps = self.text_encoder(self.captions)[0], torch.randint(0, 100, (batch,))
 
     def update(self) -> None:
         prediction = self.unet(self.noisy, self.timesteps, self.text).sample
@@ -85,13 +103,20 @@ class BareLatents:
         self.optimizer.zero_grad()
         self.ema.step(self.trained)
 
-    @torch.no_grad()
-    def encode(self) -> None:
-        self.vae.encode(self.images).latent_dist.sample()
-
     def encode_and_update(self) -> None:
-        self.encode()
+        """As diffusers' scripts do: each image and each caption in each update."""
+        with torch.no_grad():
+            self.vae.encode(self.images).latent_dist.sample()
+            self.text_encoder(self.captions)
         self.update()
+
+
+def save_with(networks: Networks, folder: Path) -> Path:
+    """A tiny pipeline with this VAE and this UNet for its own."""
+    made = pipeline()
+    made.register_modules(vae=networks.vae, unet=networks.unet)
+    made.save_pretrained(folder)
+    return folder
 
 
 def config_of(name: str, folder: Path, size: int, **changes) -> Config:
@@ -163,16 +188,20 @@ def main() -> None:
     short = parser(__doc__).parse_args().short
     torch.set_num_threads(1)
     print(machine())
-    folder, size = save_proportional(Path(FOLDER.name, "pipeline"), short), 8 if short else SIZE
-    bare = BareLatents(folder)
+    width = pipeline().unet.config.cross_attention_dim
+    size = 64 if short else SIZE
+    networks = proportional(8, size, LENGTH, width)
+    folder, bare = save_with(networks, Path(FOLDER.name, "pipeline")), BareLatents(networks, size, BATCH)
     head("update of train.py over the bare loop's")
     pairs = beside_the_trainer(config_of("overhead", folder, size), bare.update, 1 if short else 20)
     row(
         f"{BATCH} latents of {bare.noisy.shape[-1]} x {bare.noisy.shape[-1]}", milliseconds(pairs), ratio(pairs), "1.03"
     )
     head("encoding in the loop over encoded once")
-    for what, loop in (("LoRA", BareLatents(folder, lora=True)), ("all weights", bare)):
-        pairs = in_turns(loop.encode_and_update, loop.update, 1 if short else 10)
+    compared = (networks, size, BATCH) if short else (proportional(4, 256, 77 // 4, 768 // 4), 256, 4)
+    for what, lora in (("LoRA", True), ("all weights", False)):
+        loop = BareLatents(*compared, lora)
+        pairs = in_turns(loop.encode_and_update, loop.update, 1 if short else 8)
         row(f"images/s gained, {what}", milliseconds(pairs), ratio(pairs), "at least 1.5")
     head("peak memory of updates")
     measure = partial(peak, folder=folder, size=size, updates=4 if short else 10)
