@@ -25,21 +25,12 @@ from accelerate import Accelerator
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.core.batch import resolve_layout
-from finetune.core.distributed import (
-    accelerator_options,
-    check_launch,
-    check_processes,
-    launch_errors,
-    main_process_first,
-    on_main_process,
-    say,
-    together,
-    use_available_cores,
-)
+from finetune.core.distributed import main_process_first, on_main_process, say, together
 from finetune.core.environment import check_environment
 from finetune.core.failures import exit_code
 from finetune.core.groups import processes
 from finetune.core.hosts import check_same_command
+from finetune.core.launch import accelerator_options, check_launch, check_processes, launch_errors, use_available_cores
 from finetune.core.launch_config import take_launch_config
 from finetune.core.sharding import check_sharding, place
 from finetune.core.stopping import Interrupted
@@ -54,7 +45,8 @@ from finetune.models.ema import make_ema
 from finetune.models.load import outline_kind
 from finetune.run.plan import data_notes, peak_throughput, plan, shapes_note
 from finetune.run.recovery import check_finite, explain_failure
-from finetune.run.start import find_start, start_run
+from finetune.run.start import start_run
+from finetune.run.starting_point import find_start
 from finetune.training.compute import flops_per_image, peak_rates
 from finetune.training.memory import largest_layout, memory_plan, state_plan
 from finetune.training.objective import loss_per_image

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from finetune.core import distributed, launcher
+from finetune.core import launch, launcher
 from harness.configs import ROOT
 
 
@@ -82,9 +82,9 @@ def test_available_cores_are_taken_unless_the_user_gave_a_number(parent, monkeyp
         monkeypatch.setenv(variable, value)
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(distributed.joblib, "cpu_count", lambda: 6)
+    monkeypatch.setattr(launch.joblib, "cpu_count", lambda: 6)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 4)
-    distributed.use_available_cores(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
+    launch.use_available_cores(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
     assert threads == ([4] if taken else [])
 
 
@@ -109,7 +109,7 @@ def test_threads_are_left_to_the_launch_on_a_gpu_and_for_several_processes(paren
     parent("bash")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "set_num_threads", pytest.fail)
-    distributed.use_available_cores(SimpleNamespace(device=torch.device(device), num_processes=processes))
+    launch.use_available_cores(SimpleNamespace(device=torch.device(device), num_processes=processes))
 
 
 STARTED = """

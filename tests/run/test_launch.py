@@ -144,7 +144,7 @@ def test_torchrun_with_accelerates_variable_connects_two_processes(config):
 THREADS = """
 import sys, torch
 from accelerate import Accelerator
-from finetune.core.distributed import use_available_cores
+from finetune.core.launch import use_available_cores
 use_available_cores(Accelerator())
 print(torch.get_num_threads())
 """
