@@ -18,7 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: more thr
 
 def pytest_collection_modifyitems(items):
     """Files whose tests take longest come first, so that two workers end at about the same time."""
-    items.sort(key=lambda item: (len(item.path.parents), item.path.name != "test_benchmarks.py"))
+    first = ("test_benchmarks.py", "test_soundness.py")  # some minutes each
+    items.sort(key=lambda item: (item.path.name not in first, len(item.path.parents)))
 
 
 def pytest_collection_finish():
