@@ -89,6 +89,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(base, tmp_path, best):
     assert (state["best_step"], state["best_distance"]) == (best, 0.0)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_is_measured_resumes_with_the_same_distances(base, tmp_path):
     def before():
         import os

@@ -153,6 +153,7 @@ def test_a_run_is_resumed_with_another_micro_batch(tmp_path):
     assert 0 < relative_difference(*parts) < 1e-5
 
 
+@pytest.mark.slow
 def test_other_shapes_are_another_run(tmp_path):
     pictures, log = write_shapes(tmp_path / "pictures", 27), tmp_path / "log"
     write_config(tmp_path / "run.yaml", evaluated(pictures, tmp_path / "run", training__max_train_steps=2))
@@ -175,6 +176,7 @@ def test_one_shape_is_the_run_of_squares_to_the_bit(tmp_path):
     assert differing(tmp_path / "squares", tmp_path / "counted", 6) == []
 
 
+@pytest.mark.slow
 def test_all_pictures_in_one_of_many_shapes(tmp_path):
     """All 12 x 8, where four other shapes are open to them: the dealing is that of one shape."""
     pictures, log = write_pictures(tmp_path / "pictures", 19, (12, 8)), tmp_path / "log"

@@ -56,6 +56,7 @@ def exported(finished):
     return finished
 
 
+@pytest.mark.slow
 def test_validation_is_measured_with_and_without_the_caption(finished):
     lines = [line for line in history(finished[0] / "run") if "validation/loss" in line]
     assert [line["step"] for line in lines] == [0, 3, 6]

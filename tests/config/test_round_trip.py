@@ -54,6 +54,7 @@ def test_any_file_is_read_or_explained(scratch, content):
     load_or_explain(write(scratch, VALID.encode() + (content if isinstance(content, bytes) else content.encode())))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(values=st.dictionaries(st.sampled_from(list(Config.model_fields)) | st.text(), VALUES))
 def test_any_values_are_loaded_or_explained(scratch, values):

@@ -96,6 +96,7 @@ def test_images_are_encoded_and_decoded_as_the_pipeline_does(folder):
     assert torch.allclose(kind.images(clean), one_by_one, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [Shape(8, 8), Shape(4, 16)])
 def test_random_crops_are_encoded_as_the_cache_would_have_them(folder, shape, monkeypatch):
     """In chunks of at most two images, drawn with the batch's noise, and scaled."""

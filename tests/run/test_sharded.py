@@ -208,6 +208,7 @@ def test_pictures_of_many_shapes(tmp_path):
     assert {name: difference for name, difference in apart.items() if difference > 1e-5} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [truncate, empty, remove, flip_a_bit])
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_part_is_named(base, tmp_path, damage, file):

@@ -51,6 +51,7 @@ def test_twice_the_pixels_is_four_times_the_convolutions():
     assert large - middle == 4 * (middle - small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unconditional", "text", "sdxl", "lora"])
 def test_of_many_shapes_three_are_counted(tmp_path, monkeypatch, name):
     """The mean is as exact as if all of them were: convolutions and attention give a polynomial of the area."""
@@ -64,6 +65,7 @@ def test_of_many_shapes_three_are_counted(tmp_path, monkeypatch, name):
     assert [shape.area for shape in counted] == [64, 192, 1024]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
 def test_encoding_in_the_loop_is_counted_with_the_update(tmp_path, lora):
     """As much as torch counts of the VAE's own encoder, and for twice the pixels more.
