@@ -8,7 +8,6 @@ import os
 import torch
 from accelerate.utils import str_to_bool
 
-from finetune.core.errors import UserError
 from finetune.core.launcher import launch_error
 
 _NUMBERS = (
@@ -48,8 +47,7 @@ def check_environment() -> None:
             "unset it, or correct it"
         )
     if problems:
-        rank = os.environ.get("RANK", "0")
-        raise launch_error(problems[0]) if rank.isdecimal() and int(rank) > 0 else UserError(*problems)
+        raise launch_error(*problems)
 
 
 def _is_flag(value: str) -> bool:

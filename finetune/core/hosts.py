@@ -25,12 +25,11 @@ def check_same_command(config: str, **options: Any) -> None:
     """
 
     def problem(expected: dict[str, Any], found: dict[str, Any], there: str, here: str) -> str | None:
-        for name in (name for name in expected if found[name] != expected[name]):
-            return (
-                f"launch: found {name} {found[name]} on {there}, and {expected[name]} on {here}; expected the same "
-                "command for all processes"
-            )
-        return None
+        name = next((name for name in expected if found[name] != expected[name]), None)
+        return name and (
+            f"launch: found {name} {found[name]} on {there}, and {expected[name]} on {here}; expected the same command "
+            "for all processes"
+        )
 
     require_same({"config": Path(config).name, **options}, problem)
 

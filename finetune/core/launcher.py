@@ -100,14 +100,15 @@ def launcher() -> psutil.Process | None:
         return None
 
 
-def launch_error(problem: str) -> UserError:
-    """What every process of a launch raises before they are connected; the first alone has the message.
+def launch_error(*problems: str) -> UserError:
+    """What every process of a launch raises before they are connected; the first alone has the messages.
 
     A launcher ends all of them as soon as one has failed. So the others wait for that end, or the first, still busy
     with its imports, might never print its line.
     """
-    if os.environ.get("RANK", "0") == "0":
-        return UserError(problem)
+    rank = os.environ.get("RANK", "0")
+    if not rank.isdecimal() or int(rank) == 0:
+        return UserError(*problems)
     if launcher() is not None:
         time.sleep(_UNTIL_PRINTED)
     return UserError()

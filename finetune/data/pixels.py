@@ -7,6 +7,7 @@ own memory than it is working on, and its workers share one page cache.
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import datasets
@@ -177,7 +178,7 @@ class Images(Sequence[Pixels]):
     def _class_name(self, label: int) -> str:
         return self.label_names[label] if self.label_names is not None else str(label)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of all pixels, their order, labels, captions and sizes: the same wherever they are stored."""
         checksums = self.table.data.column("checksum").to_numpy()[self.rows]

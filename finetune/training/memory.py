@@ -141,7 +141,7 @@ class Trials:
                     loss = forward(self.kind, size).square().mean()
                 loss.backward()
             del loss
-            if self.averaged:  # the average's update needs a copy of the weights, and so does its evaluation
+            if self.averaged:  # to evaluate the average takes a copy of the weights
                 copies = [parameter.detach().clone() for parameter in parameters]
                 del copies
             del moments
