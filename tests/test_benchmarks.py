@@ -35,8 +35,8 @@ ROWS = {  # command -> the first cell of each row that it prints
     "crash --kills 1 --sharded": ["killed: ...", "runs that ended bit for bit as the undisturbed one"],
     "invariance --short": ["1 x 2 x 4"],
     "latents --short": [
-        *("16 latents of 8 x 8", "images/s gained, LoRA", "images/s gained, all weights"),
-        "encoded images over random latents",
+        *("16 latents of 8 x 8", "encoded images over random latents"),
+        *("images/s gained, LoRA", "images/s gained, all weights"),
     ],
     "loader --short": [
         *(f"64 px from the cache, images{how}" for how in (" alone", ", cropped and flipped at random")),
