@@ -5,10 +5,11 @@ import shutil
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from torch._inductor import config as inductor
 
 from harness.compare import history, valid_checkpoints
 from harness.configs import KINDS, UNET, of_kind, tiny_config, write_config, write_pictures
-from harness.processes import launch, run
+from harness.processes import run
 
 BLOCKS = st.sampled_from(["", "Attn", "Skip", "AttnSkip", "Resnet", "K"])
 NETWORKS = st.fixed_dictionaries(
@@ -105,9 +106,12 @@ def test_what_passes_the_check_runs_to_its_end(
 def test_a_missing_compiler_is_found_before_the_start(tmp_path, flags):
     pictures = write_pictures(tmp_path / "pictures", 4)
     config = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run"))
-    compiled = ["--cpu", "--dynamo_backend", "inductor"]
-    cold = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(tmp_path / "no-compiler")}
-    refused = launch("--config", config, *flags, launcher=compiled, seconds=100, **cold)
-    assert refused.returncode != 0
-    assert "error: launch: --dynamo_backend inductor: the network cannot be compiled (InvalidCxx" in refused.stderr
+    launch = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+
+    def without_compiler():
+        inductor.cpp.cxx = (str(tmp_path / "no-compiler"),)
+
+    refused = run("--config", config, *flags, folder=tmp_path, before=without_compiler, **launch)
+    assert refused.returncode == 2
+    assert refused.error.startswith("launch: --dynamo_backend inductor: the network cannot be compiled (InvalidCxx")
     assert not (tmp_path / "run").exists()

@@ -245,7 +245,7 @@ def test_another_set_of_classes_is_another_run(finished, tmp_path):
     assert "training.condition_dropout: 0.3 in the checkpoint, 0.1 now" in outcome.stderr
 
 
-def read_digits(folder, scale, each=20):
+def read_digits(folder, scale, each=10):
     """The share of guided samples in which an SVC, trained on all real digits, reads the requested digit."""
     from sklearn.datasets import load_digits
     from sklearn.svm import SVC
@@ -265,7 +265,7 @@ def read_digits(folder, scale, each=20):
 @pytest.mark.slow
 def test_the_digits_job_draws_the_digit_that_is_asked_for(tmp_path):
     outcome = launch(
-        *("--config", "configs/digits-classes.yaml", f"output_dir={tmp_path / 'run'}"),
+        *("--config", "configs/digits-classes.yaml", f"output_dir={tmp_path / 'run'}", "samples.count=10"),
         config_file="accelerate_config.yaml",
         seconds=1200,
     )

@@ -9,7 +9,7 @@ import pytest
 from harness.compare import history, relative_difference, weights
 from harness.configs import of_kind, tiny_config, write_config, write_pictures
 from harness.faults import skip_the_export
-from harness.processes import finish, launch
+from harness.processes import finish, run_two
 
 UPDATES = 3  # of an epoch
 SAME, APART = 1e-5, 1e-3  # relative differences
@@ -147,13 +147,13 @@ def test_timesteps_by_the_place_in_the_micro_batch_pull_layouts_apart(compare):
     ids=["prepared", "bare"],
 )
 def test_gradients_are_reduced_once_an_update_if_accumulate_is_on_the_prepared_network(
-    flags, reduced, equal_at_the_end_alone
+    tmp_path, flags, reduced, equal_at_the_end_alone
 ):
     """Twelve updates of N = 1 and then of N = 4 micro-steps, on two processes; the gradients fill one bucket.
 
     On the bare network every micro-step reduces: 12 x 4.
     """
-    outcome = launch(*flags, processes=2, script="tests/harness/all_reduces.py")
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
-    assert f"all-reduces: {reduced}\n" in outcome.stdout
-    assert f"gradients equal at a window's end alone: {equal_at_the_end_alone}\n" in outcome.stdout
+    first, other = run_two(*flags, folder=tmp_path, script="tests/harness/all_reduces.py")
+    assert [first.returncode, other.returncode] == [0, 0], first.stderr[-2000:]
+    assert f"all-reduces: {reduced}\n" in first.stdout
+    assert f"gradients equal at a window's end alone: {equal_at_the_end_alone}\n" in first.stdout

@@ -24,11 +24,9 @@ from harness.configs import KINDS, crop_of, evaluated_config, of_kind, write_con
 from harness.processes import Outcome, start, start_two
 from harness.shapes import SHAPES, write_shapes
 
-EPOCHS, STEPS = 10, 30  # of 8 + 8 + 1 images
 
-
-def where(run: Path) -> str:
-    """How far a run got, by what it left."""
+def where(run: Path, updates: int) -> str:
+    """How far a run of so many updates got, by what it left."""
     if any((run / f"{export}{end}").exists() for export in ("pipeline", "lora") for end in ("", ".tmp")):
         return "export and after"
     if any(run.glob(".checkpoint.partial")):
@@ -37,14 +35,15 @@ def where(run: Path) -> str:
         return "starting"
     steps = [line["step"] for line in history(run)] if (run / "metrics.jsonl").read_text().endswith("\n") else [-1]
     done = max(steps, default=0)
-    if done == STEPS:
+    if done == updates:
         return "after the last update"
     return "before the first update" if done <= 0 else f"updates {done // 10 * 10 + 1:02} to {done // 10 * 10 + 10}"
 
 
-def main(kills: int, seed: int, kind: str, shaped: bool, sharded: bool) -> int:
+def main(kills: int, epochs: int, seed: int, kind: str, shaped: bool, sharded: bool) -> int:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every purge, and resuming purges
     draw, base = random.Random(seed), Path(FOLDER.name)
+    updates = 3 * epochs  # of 8 + 8 + 1 images
     images, log = base / "pictures", base / "log"
     if shaped:
         options = of_kind(kind, write_shapes(images, 19, kind))
@@ -55,7 +54,7 @@ def main(kills: int, seed: int, kind: str, shaped: bool, sharded: bool) -> int:
         options |= {"training__shard": True, "training__micro_batch_size": 2}
 
     def config_of(run: Path) -> Path:
-        config = evaluated_config(images, run, training__num_epochs=EPOCHS, **options)
+        config = evaluated_config(images, run, training__num_epochs=epochs, **options)
         return write_config(run.with_suffix(".yaml"), config)
 
     def attempt(file: Path, seconds: float) -> Outcome | None:
@@ -86,13 +85,13 @@ def main(kills: int, seed: int, kind: str, shaped: bool, sharded: bool) -> int:
             if outcome is not None:
                 break
             killed += 1
-            places[where(run)] += 1
+            places[where(run, updates)] += 1
             broken += [f"run {runs}: {each}" for each in run.glob("checkpoint-*") if checkpoint.flaw(each)]
         ended = (
-            [f"exit code {outcome.returncode}"] if outcome.returncode else differing(base / "undisturbed", run, STEPS)
+            [f"exit code {outcome.returncode}"] if outcome.returncode else differing(base / "undisturbed", run, updates)
         )
         broken += [f"run {runs}: {difference}" for difference in ended]
-    head(f"{kills} kills over {runs} runs of {STEPS} updates ({whole:.1f} s each, undisturbed)", "")
+    head(f"{kills} kills over {runs} runs of {updates} updates ({whole:.1f} s each, undisturbed)", "")
     for place, count in sorted(places.items()):
         row(f"killed: {place}", str(count))
     same = runs - len({problem.split(":")[0] for problem in broken})
@@ -111,5 +110,5 @@ if __name__ == "__main__":
     options.add_argument("--sharded", action="store_true", help="two processes that hold a part of the model each")
     arguments = options.parse_args()
     with FOLDER:
-        kills = 2 if arguments.short else arguments.kills
-        sys.exit(main(kills, arguments.seed, arguments.kind, arguments.shapes, arguments.sharded))
+        kills, epochs = (1, 2) if arguments.short else (arguments.kills, 10)
+        sys.exit(main(kills, epochs, arguments.seed, arguments.kind, arguments.shapes, arguments.sharded))

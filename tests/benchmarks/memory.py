@@ -87,11 +87,14 @@ def compare_shares(short: bool) -> None:
     network, found = unet_config((8, 16), 8) if short else WIDE, {}
     file = config_file("shared", network, 2, 2, 2, images=8, logging__tracker=None)
     head("peak memory of one of two processes, MB", "in the plan", "measured", "plan / measured", "limit")
-    for what, shard in (("each holds all", "false"), ("training.shard", "true")):
+    shares = ("each holds all", "false"), ("training.shard", "true")
+    for what, shard in shares[-1:] if short else shares:
         overrides = f"output_dir={FOLDER.name}/shared-{shard}", f"training.shard={shard}"
         plan = announced(of_two(file, *overrides, "--check")[1])
         found[shard], _ = of_two(file, *overrides)
         row(what, f"{plan:.0f}", f"{found[shard]:.0f}", plan / found[shard], "0.85 to 1.15")
+    if short:
+        return
     head("peak memory of one of two processes")
     row(
         "training.shard, or not",
@@ -131,26 +134,33 @@ def compare_plans(short: bool) -> None:
         row(what, f"{plan:.0f}", f"{run:.0f}", plan / run, "0.85 to 1.15")
 
 
+def compare_pairs(short: bool) -> None:
+    """Runs that differ in one setting."""
+    plain = {"ema__enabled": False, "logging__tracker": None}
+    head("peak memory")
+
+    def compare(what: str, one: float, other: float, *limit: str) -> None:
+        row(what, f"{one:.0f} : {other:.0f} MB", one / other, *limit)
+
+    if not short:
+        unet, batch, micro = unet_config(), 256, 32
+        small = peak(config_file("small", unet, 4, 1, MICRO_STEPS, images=256, **plain))
+        large = peak(config_file("large", unet, 4, batch // 4, -(-4 * MICRO_STEPS // batch), images=256, **plain))
+        compare(f"global batch {batch} over 4, micro-batches of 4", large, small, "1.05")
+        kept = peak(config_file("kept", unet, micro, 1, 5, **plain))
+        again = peak(config_file("recomputed", unet, micro, 1, 5, model__gradient_checkpointing=True, **plain))
+        compare(f"gradient_checkpointing, micro-batch of {micro}", again, kept)
+    unet, found = unet_config((8, 16), 8) if short else unet_config((128, 256, 352), 8), []
+    for name, every in (("saved", 1), ("unsaved", 1000)):
+        file = config_file(name, unet, 1, 1, 1000, images=8, checkpoint__every_steps=every, **plain)
+        found.append(peak(file, log=Path(FOLDER.name, name, "metrics.jsonl"), lines=3))
+    compare("saves, or none", *found)
+
+
 def main() -> None:
     short = parser(__doc__).parse_args().short
     compare_plans(short)
-    plain = {"ema__enabled": False, "logging__tracker": None}
-    head("peak memory")
-    unet, batch = unet_config((8, 16)) if short else unet_config(), 16 if short else 256
-    updates = 2 if short else MICRO_STEPS
-    small = peak(config_file("small", unet, 4, 1, updates, images=256, **plain))
-    large = peak(config_file("large", unet, 4, batch // 4, -(-4 * updates // batch), images=256, **plain))
-    row(f"global batch {batch} over 4, micro-batches of 4", f"{large:.0f} : {small:.0f} MB", large / small, "1.05")
-    micro = 4 if short else 32
-    kept = peak(config_file("kept", unet, micro, 1, 5, **plain))
-    again = peak(config_file("recomputed", unet, micro, 1, 5, model__gradient_checkpointing=True, **plain))
-    row(f"gradient_checkpointing, micro-batch of {micro}", f"{again:.0f} : {kept:.0f} MB", again / kept)
-    unet = unet_config((8, 16), 8) if short else unet_config((128, 256, 352), 8)
-    found = {}
-    for name, every in (("saved", 1), ("unsaved", 1000)):
-        file = config_file(name, unet, 1, 1, 1000, images=8, checkpoint__every_steps=every, **plain)
-        found[name] = peak(file, log=Path(FOLDER.name, name, "metrics.jsonl"), lines=3)
-    row("saves, or none", f"{found['saved']:.0f} : {found['unsaved']:.0f} MB", found["saved"] / found["unsaved"])
+    compare_pairs(short)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.configs import crop_of, of_kind, tiny_config, write_config, write_pictures
-from harness.processes import launch
+from harness.several_runs import run_configs
 
 EPOCHS = 3
 LAYOUTS = {  # global batch -> processes x micro-batch x accumulation steps; the first is the reference of the others
@@ -65,7 +65,7 @@ def every_case(precision: str, kind: str = "unconditional") -> list[Case]:
 
 
 def run_cases(base: Path, cases: Iterable[Case], backend: str = "inductor") -> dict[Case, Path]:
-    """Run these and their references, in one launch for each number of processes, and one more where they are compiled.
+    """Run these and their references, one after another, on each number of processes.
 
     Args:
         backend: what compiles those that are to be compiled, as `accelerate launch` names it.
@@ -79,15 +79,9 @@ def run_cases(base: Path, cases: Iterable[Case], backend: str = "inductor") -> d
         for case in cases:
             if (case.layout[0], case.precision == "compiled") == (processes, compiled):
                 files[case.precision].append(write_config(base / f"{case}.yaml", _config(base, case)))
-        arguments = [*files["float32"], *files["compiled"]]
-        arguments += [
-            argument for name in ("bf16", "float64") if files[name] for argument in (f"--{name}", *files[name])
-        ]
-        options = ["--dynamo_backend", backend] if compiled else []
-        outcome = launch(
-            *arguments, processes=processes, launcher=options, script="tests/harness/several_runs.py", seconds=1200
-        )
-        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        environment = {"ACCELERATE_DYNAMO_BACKEND": backend.upper()} if compiled else {}
+        files["float32"] += files.pop("compiled")
+        run_configs(processes, files, base / "log", **environment)
     return {case: base / str(case) for case in cases}
 
 

@@ -1,7 +1,8 @@
-"""Starting train.py: forked, which takes no time, or by the real launcher.
+"""Starting train.py or another script: forked, which takes no time, or by the real launcher.
 
 A fork has all imports done and runs the script's last lines included. On one process or two, to its end or not; faults
-are injected by a function that runs in the forked process before the script does.
+are injected by a function that runs in the forked process before the script does. A run draws no loss curve unless that
+function has it drawn.
 """
 
 import gc
@@ -27,6 +28,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 import train  # noqa: F401 - imported here so that no fork needs to
 from finetune.evaluation.pictures import loss_curve
 from harness.configs import ROOT
+from harness.faults import leave_out_the_curve
 from harness.flops import remember_flops
 
 T = TypeVar("T")
@@ -58,9 +60,17 @@ class Outcome(NamedTuple):
 
 
 class Training:
-    """A forked train.py that is running."""
+    """A forked script that is running, most often train.py."""
 
-    def __init__(self, arguments: Sequence, folder: Path, before: Callable[[], None], environment: dict[str, str]):
+    def __init__(
+        self,
+        arguments: Sequence,
+        folder: Path,
+        before: Callable[[], None],
+        environment: dict[str, str],
+        script: str = "train.py",
+    ):
+        self.script = ROOT / script
         folder.mkdir(parents=True, exist_ok=True)
         self.files = [folder / f"{name}-{time.monotonic_ns()}" for name in ("out", "err")]
         gc.freeze()  # the objects of the tests need not be searched when the run ends
@@ -80,9 +90,11 @@ class Training:
             for number in SIGNALS:  # a run in the process that forked may have set handlers
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             remember_flops()
+            leave_out_the_curve()
             before()
-            sys.argv = ["train.py", *map(str, arguments)]
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            sys.argv = [self.script.name, *map(str, arguments)]
+            sys.path.insert(0, str(self.script.parent))
+            runpy.run_path(str(self.script), run_name="__main__")
         except SystemExit as end:
             code = end.code
         except BaseException:
@@ -108,7 +120,9 @@ class Training:
             if time.monotonic() > end:
                 self.kill(signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                raise TimeoutError(f"train.py did not end in {seconds} s: {self.files[1].read_text()[-2000:]}")
+                raise TimeoutError(
+                    f"{self.script.name} did not end in {seconds} s: {self.files[1].read_text()[-2000:]}"
+                )
             time.sleep(0.01)
         return Outcome(os.waitstatus_to_exitcode(status), *(file.read_text() for file in self.files))
 
@@ -116,9 +130,15 @@ class Training:
 def nothing(*_: int) -> None: ...
 
 
-def start(*arguments: str | Path, folder: Path, before: Callable[[], None] = nothing, **environment: str) -> Training:
-    """train.py on one process. `before` runs in it first; `folder` takes what it prints."""
-    return Training(arguments, folder, before, environment)
+def start(
+    *arguments: str | Path,
+    folder: Path,
+    before: Callable[[], None] = nothing,
+    script: str = "train.py",
+    **environment: str,
+) -> Training:
+    """A script on one process. `before` runs in it first; `folder` takes what it prints."""
+    return Training(arguments, folder, before, environment, script)
 
 
 def run(
@@ -126,10 +146,11 @@ def run(
     folder: Path,
     before: Callable[[], None] = nothing,
     seconds: float = 60,
+    script: str = "train.py",
     **environment: str,
 ) -> Outcome:
-    """train.py on one process, to its end, within so many seconds."""
-    return start(*arguments, folder=folder, before=before, **environment).wait(seconds)
+    """A script on one process, to its end, within so many seconds."""
+    return start(*arguments, folder=folder, before=before, script=script, **environment).wait(seconds)
 
 
 def finish(
@@ -146,30 +167,42 @@ def finish(
 
 
 def start_several(
-    processes: int, *arguments: str | Path, folder: Path, before: Callable[[int], None] = nothing, **environment: str
+    processes: int,
+    *arguments: str | Path,
+    folder: Path,
+    before: Callable[[int], None] = nothing,
+    script: str = "train.py",
+    **environment: str,
 ) -> list[Training]:
-    """train.py on processes as the launcher would start them. `before` gets the number of its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    environment["WORLD_SIZE"] = str(processes)
-    numbered = [environment | {"RANK": str(process), "LOCAL_RANK": str(process)} for process in range(processes)]
-    return [Training(arguments, folder, partial(before, process), own) for process, own in enumerate(numbered)]
+    """A script on processes as the launcher would start them. `before` gets the number of its process."""
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    environment["ACCELERATE_USE_CPU"] = "true"
+    started = []
+    for process in range(processes):
+        own = {"RANK": str(process), "LOCAL_RANK": str(process)} if processes > 1 else {}
+        started.append(Training(arguments, folder, partial(before, process), environment | own, script))
+    return started
 
 
-def start_two(
-    *arguments: str | Path, folder: Path, before: Callable[[int], None] = nothing, **environment: str
-) -> list[Training]:
-    """train.py on two processes, as the launcher would start them. `before` gets the number of its process."""
-    return start_several(2, *arguments, folder=folder, before=before, **environment)
-
-
-def run_two(
-    *arguments: str | Path, folder: Path, before: Callable[[int], None] = nothing, **environment: str
+def run_several(
+    processes: int,
+    *arguments: str | Path,
+    folder: Path,
+    before: Callable[[int], None] = nothing,
+    seconds: float = 60,
+    script: str = "train.py",
+    **environment: str,
 ) -> list[Outcome]:
-    """train.py on two processes, to their ends."""
-    return [process.wait() for process in start_two(*arguments, folder=folder, before=before, **environment)]
+    """A script on processes as the launcher would start them, to their ends, each within so many seconds."""
+    started = start_several(processes, *arguments, folder=folder, before=before, script=script, **environment)
+    return [process.wait(seconds) for process in started]
+
+
+start_two, run_two = partial(start_several, 2), partial(run_several, 2)
 
 
 def launch(

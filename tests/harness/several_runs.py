@@ -24,11 +24,27 @@ if __name__ == "__main__":
 import torch  # noqa: E402 - as in train.py
 
 
-def run(files: list[str], stop_after: int | None) -> None:
+def run_configs(processes: int, files: dict[str, list[Path]], folder: Path, **environment: str) -> None:
+    """This script on forked processes, to its end.
+
+    Args:
+        files: configs by the precision that they are run in: "float32", "bf16" and "float64", or some of these.
+        folder: takes what is printed.
+    """
+    from harness.processes import run_several
+
+    arguments = [*files["float32"]]
+    arguments += [word for name in ("bf16", "float64") if files.get(name) for word in (f"--{name}", *files[name])]
+    script = "tests/harness/several_runs.py"
+    outcomes = run_several(processes, *arguments, folder=folder, script=script, seconds=1200, **environment)
+    assert [outcome.returncode for outcome in outcomes] == [0] * processes, outcomes[0].stderr[-3000:]
+
+
+def run(files: list[str]) -> None:
     import train
     from finetune.config.load import load_config
     from finetune.data.batches import Batches
-    from harness.faults import skip_the_export, stop_after_updates
+    from harness.faults import skip_the_export
     from harness.flops import remember_flops
     from harness.processes import forget_processes
 
@@ -51,8 +67,6 @@ def run(files: list[str], stop_after: int | None) -> None:
             return batch
 
         Batches.__getitems__ = reading
-        if stop_after is not None:
-            stop_after_updates(stop_after)
         try:
             train.main(config)
         finally:
@@ -66,18 +80,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--bf16", nargs="+", default=[], metavar="CONFIG", help="configs to run in bf16")
     parser.add_argument("--float64", nargs="+", default=[], metavar="CONFIG", help="configs to run in float64")
-    parser.add_argument("--stop-after", type=int, metavar="UPDATES", help="end each run as a signal would")
     parser.add_argument("files", nargs="*", metavar="CONFIG")
     arguments = parser.parse_args()
     from finetune.core.failures import exit_code
 
     def run_all() -> int:
-        run(arguments.files, arguments.stop_after)
+        run(arguments.files)
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as `accelerate launch --mixed_precision bf16` does
-        run(arguments.bf16, arguments.stop_after)
+        run(arguments.bf16)
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
         torch.set_default_dtype(torch.float64)  # before anything is built
-        run(arguments.float64, arguments.stop_after)
+        run(arguments.float64)
         return 0
 
     sys.exit(exit_code(run_all))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.configs import PIPELINES, UNET, crop_of, of_kind, picture, tiny_config, write_caption, write_config
-from harness.processes import launch
+from harness.several_runs import run_configs
 
 SHAPES = [[8, 8], [12, 8], [8, 12], [16, 4], [4, 16]]  # width, height
 SIZES = [(16, 16), (25, 16), (16, 24), (41, 10), (11, 40), (30, 22)]  # of the pictures, in turn; 30:22 becomes 12 x 8
@@ -66,16 +66,14 @@ def shaped_config(pictures: Path, output_dir: Path, **changes) -> dict:
 
 
 def run_shaped(base: Path, cases: list[Case]) -> dict[Case, Path]:
-    """Run these and their references, in one launch for each number of processes; the output folder of each."""
+    """Run these and their references, one after another, on each number of processes; the output folder of each."""
     cases = sorted({*cases, *(case.reference for case in cases)})
     for processes in sorted({case.layout[0] for case in cases}):
         files = {"float32": [], "float64": []}
         for case in cases:
             if case.layout[0] == processes:
                 files[case.precision].append(write_config(base / f"{case}.yaml", _config(base, case)))
-        arguments = [*files["float32"], *(["--float64", *files["float64"]] if files["float64"] else [])]
-        outcome = launch(*arguments, processes=processes, script="tests/harness/several_runs.py", seconds=600)
-        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        run_configs(processes, files, base / "log")
     return {case: base / str(case) for case in cases}
 
 

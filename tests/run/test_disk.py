@@ -15,7 +15,7 @@ from finetune.models import hub
 from finetune.run import checkpoint, manifest, report, start
 from harness.compare import differing, valid_checkpoints
 from harness.configs import EVALUATED_STEPS
-from harness.faults import at_call, fill_disk, limit_file_size
+from harness.faults import at_call, draw_the_curve, fill_disk, limit_file_size
 from harness.processes import finish, run
 
 ADVICE = (
@@ -63,7 +63,12 @@ FULL = {
 def test_a_full_disk_ends_the_run_with_one_line_and_it_resumes(undisturbed, disk, moment, left, named, saved):
     output_dir = disk / "run"
     command = ("--config", undisturbed / "config.yaml", f"output_dir={output_dir}")
-    failed = run(*command, folder=undisturbed, before=partial(at_call, *moment, partial(fill_disk, disk, left)))
+
+    def before():
+        draw_the_curve()
+        at_call(*moment, partial(fill_disk, disk, left))
+
+    failed = run(*command, folder=undisturbed, before=before)
     assert failed.returncode == 1
     assert failed.error.startswith(f"{output_dir / named}: cannot be written (")
     assert f"bytes are free there); {ADVICE}" in failed.error

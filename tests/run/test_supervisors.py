@@ -42,6 +42,7 @@ def test_nothing_is_lost_under_a_supervisor(config, tmp_path, command, superviso
     outcome, seconds = job.end(supervisor, number)
     assert outcome.stdout.count("everything is saved") == 1, outcome
     assert outcome.returncode == (143 if command == PYTHON else 1)
+    assert command != PYTHON or "Traceback" not in outcome.stderr
     assert seconds < supervisor.seconds
     (saved,) = valid_checkpoints(tmp_path / "run")
     assert history(tmp_path / "run")[-1]["step"] == saved

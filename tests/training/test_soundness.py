@@ -20,9 +20,9 @@ from finetune.training import soundness
 from finetune.training.soundness import check_compiled, layout_dependent_layers
 from finetune.training.window import Window
 from harness.compare import relative_difference, weights
-from harness.configs import ROOT, UNET, tiny_config, write_config, write_pictures
+from harness.configs import UNET, tiny_config, write_config, write_pictures
 from harness.faults import at_call, skip_the_export
-from harness.processes import finish, run, start
+from harness.processes import finish, run
 
 NOTE = "Note: the result of this run depends on its batch layout"
 STEPS = 2
@@ -217,21 +217,20 @@ def test_a_shape_is_compiled_once_for_all_lengths_and_once_for_single_images(sha
 
 
 @pytest.mark.slow
-def test_digits_compiled_by_inductor_train_to_the_uncompiled_weights(tmp_path):
-    """Without the check, three updates end 2.6e-2 apart on a CPU."""
+def test_a_network_compiled_by_inductor_trains_to_the_uncompiled_weights(tmp_path):
+    """The smallest network whose gradients inductor gets wrong on a CPU: 0.3 from the exact ones, without the check."""
+    unet = UNET | {"mid_block_type": None, "add_attention": False}
+    pictures = write_pictures(tmp_path / "pictures", 8)
 
     def updates(name, **environment):
-        folder = tmp_path / name
-        overrides = [f"output_dir={folder}", "training.max_train_steps=3", "samples.count=0", "logging.tracker=null"]
-        overrides += [f"model.pretrained={ROOT}/configs/digits-base", "training.micro_batch_size=4"]
-        overrides += ["training.global_batch_size=8", "data.validation_fraction=0"]
-        config = ROOT / "configs/digits.yaml"
-        training = start("--config", config, *overrides, folder=tmp_path, before=skip_the_export, **environment)
-        outcome = training.wait(1200)
-        assert outcome.returncode == 0, outcome.stderr[-3000:]
-        return weights(folder, 3), outcome.stdout
+        config = tiny_config(pictures, tmp_path / name, model__unet=unet)
+        file = write_config(tmp_path / f"{name}.yaml", config)
+        done = finish("--config", file, folder=tmp_path, before=skip_the_export, seconds=1200, **environment)
+        return weights(tmp_path / name, STEPS), done.stdout
 
     plain, _ = updates("plain")
-    compiled, printed = updates("compiled", ACCELERATE_DYNAMO_BACKEND="INDUCTOR")
+    cold = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    compiled, printed = updates("compiled", ACCELERATE_DYNAMO_BACKEND="INDUCTOR", **cold)
+    assert "Note: compiled gradients were " in printed
     assert "Compiled gradients are " in printed
     assert relative_difference(plain, compiled) < 1e-4
