@@ -28,9 +28,10 @@ class PipelineEncoders:
         self.factor = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels a side of one latent pixel
         self.channels, self.latent_channels = vae["in_channels"], vae["latent_channels"]
         self._scale = float(vae.get("scaling_factor", 0.18215))
-        # Of a channel, where the VAE names them.
+        # Of a channel, where the VAE names them; copied to a device once, not for each micro-batch.
         named = vae.get("latents_mean"), vae.get("latents_std")
-        self._statistics = None if None in named else [torch.tensor(values).view(1, -1, 1, 1) for values in named]
+        self._statistics = None if None in named else torch.tensor(named).view(2, 1, -1, 1, 1)
+        self._copies: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         self.text_chunk = _TEXTS
         self.tokenizers = [folder.load_tokenizer(part) for part in folder.tokenizers]
         configs = [folder.config(part) for part in folder.text_encoders]
@@ -51,15 +52,23 @@ class PipelineEncoders:
         """Latents as the UNet sees them."""
         if self._statistics is None:
             return latents * self._scale
-        mean, std = (values.to(latents) for values in self._statistics)
+        mean, std = self._statistics_like(latents)
         return (latents - mean) / std * self._scale
 
     def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the VAE encodes and decodes them, of what the UNet sees."""
         if self._statistics is None:
             return latents / self._scale
-        mean, std = (values.to(latents) for values in self._statistics)
+        mean, std = self._statistics_like(latents)
         return latents / self._scale * std + mean
+
+    def _statistics_like(self, latents: torch.Tensor) -> torch.Tensor:
+        """Mean and standard deviation, (2, 1, c, 1, 1), where these latents are."""
+        assert self._statistics is not None
+        where = latents.device, latents.dtype
+        if where not in self._copies:
+            self._copies[where] = self._statistics.to(latents)
+        return self._copies[where]
 
     def image_fields(self, shape: Shape) -> Fields:
         """Mean and standard deviation of an image's posterior."""

@@ -202,7 +202,8 @@ def main() -> None:
     encoded, random = measure("encoded", random=False), measure("random", random=True)
     row("encoded images over random latents", f"{encoded:.0f} : {random:.0f} MB", encoded / random, "1.02")
     head("encoding in the loop over encoded once, all cores")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if not short:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     for what, divisor in (("LoRA", 1), ("all weights", 2)):
         compared = networks() if short else proportional(divisor, 512, 77, 768 // divisor)
         loop = BareLatents(compared, size if short else 512, 1, lora=what == "LoRA")

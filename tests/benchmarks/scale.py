@@ -146,6 +146,7 @@ def losses(short: bool) -> None:
             output = Path(FOLDER.name, f"{name}-{Path(source).stem}-{seed}")
             options = {"seed": seed, "output_dir": output, "data.source": source, "data.order": name}
             options |= {"validation.every_steps": 10_000, "samples.count": 0, "checkpoint.every_steps": 10_000}
+            options |= {"validation.images": 4} if short else {}
             overrides = [length, *(f"{key}={value}" for key, value in options.items())]
             config = load_config(ROOT / "configs/digits.yaml", overrides)
             quietly(lambda config=config: train.main(config))

@@ -95,8 +95,9 @@ class Training:
             sys.argv = [self.script.name, *map(str, arguments)]
             sys.path.insert(0, str(self.script.parent))
             runpy.run_path(str(self.script), run_name="__main__")
+            code = 0
         except SystemExit as end:
-            code = end.code
+            code = end.code or 0
         except BaseException:
             traceback.print_exc()
         finally:
