@@ -3,7 +3,7 @@
 import pytest
 
 from harness.compare import differences, history, slots
-from harness.layouts import EPOCHS, LAYOUTS, TAILS, Case, every_case, run_cases
+from harness.layouts import LAYOUTS, TAILS, Case, every_case, run_cases
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
 
 def assert_same_images(runs, case):
     """The same images, pixels, noise, timesteps and conditions, to the bit."""
-    assert len(slots(runs[case.reference])) == EPOCHS * case.images
+    assert len(slots(runs[case.reference])) == case.epochs * case.images
     assert slots(runs[case]) == slots(runs[case.reference])
 
 
@@ -50,7 +50,7 @@ def test_every_layout_is_the_same_run(runs, case):
     assert_same_images(runs, case)
     lines = history(runs[case])
     assert [line["step"] for line in lines] == list(range(1, case.updates + 1))
-    assert sum("train/epoch_loss" in line for line in lines) == EPOCHS
+    assert sum("train/epoch_loss" in line for line in lines) == case.epochs
     found = differences(runs[case.reference], runs[case], case.updates)
     assert {name: apart for name, apart in found.items() if apart > BOUNDS[case.precision]} == {}
 

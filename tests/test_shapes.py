@@ -8,7 +8,7 @@ from harness.compare import differences, differing, history, relative_difference
 from harness.configs import PIPELINES, crop_of, evaluated_config, of_kind, tiny_config, write_config, write_pictures
 from harness.faults import kill_at, signal_at
 from harness.processes import finish, run, run_two
-from harness.shapes import EPOCHS, LAYOUTS, SHAPES, TAILS, Case, run_shaped, shaped_config, write_shapes
+from harness.shapes import LAYOUTS, SHAPES, TAILS, Case, run_shaped, shaped_config, write_shapes
 
 # In float64 every layout with a tail of its own and the last with every tail, in float32 every layout once, and some of
 # the other kinds.
@@ -39,7 +39,7 @@ def without_key_biases(tensors, kind):
 @pytest.mark.parametrize("case", EXACT + ROUNDED + CLASSES + LATENTS, ids=str)
 def test_every_layout_is_the_same_run(runs, case):
     reference, other, step = runs[case.reference], runs[case], case.updates
-    assert len(slots(reference)) == EPOCHS * case.images
+    assert len(slots(reference)) == case.epochs * case.images
     assert slots(other) == slots(reference)  # images, pixels, noise, timesteps
     assert [line["step"] for line in history(other)] == list(range(1, step + 1))
     found = differences(reference, other, step)

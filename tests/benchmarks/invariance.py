@@ -29,13 +29,13 @@ def main(short: bool) -> None:
         for layout in ((2, 2, 2), (2, 1, 4))
         for images in TAILS[8]
     ]
-    cases = cases[:1] if short else cases
+    cases = cases[:1] if short else [case._replace(epochs=3) for case in cases]
     runs = run_cases(Path(FOLDER.name), cases)
     head("processes x micro-batch x steps", "kind", "precision", "runs", *COLUMNS)
     table(runs, cases)
     if not short:
         shaped = [
-            shapes.Case(layout, images, precision, kind)
+            shapes.Case(layout, images, precision, kind, epochs=3)
             for kind, precisions in KINDS_OF_SHAPES.items()
             for precision in precisions
             for layout in shapes.LAYOUTS[1:]

@@ -7,7 +7,6 @@ from typing import NamedTuple
 from harness.configs import crop_of, of_kind, tiny_config, write_config, write_pictures
 from harness.several_runs import run_configs
 
-EPOCHS = 3
 LAYOUTS = {  # global batch -> processes x micro-batch x accumulation steps; the first is the reference of the others
     8: [(1, 8, 1), (1, 2, 4), (1, 1, 8), (2, 2, 2), (2, 1, 4)],
     12: [(1, 12, 1), (1, 3, 4), (2, 3, 2)],
@@ -32,6 +31,7 @@ class Case(NamedTuple):
     kind: str = "unconditional"
     shard: bool = False
     crop: str = ""  # empty: that of its kind
+    epochs: int = 2
 
     @property
     def batch(self) -> int:
@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
     @property
     def updates(self) -> int:
-        return EPOCHS * -(-self.images // self.batch)
+        return self.epochs * -(-self.images // self.batch)
 
     def __str__(self) -> str:
         options = ("-sharded" if self.shard else "") + (f"-{self.crop}" if self.crop else "")
@@ -96,7 +96,7 @@ def _config(base: Path, case: Case) -> dict:
         data__random_flip=True,
         training__micro_batch_size=micro,
         training__gradient_accumulation_steps=steps,
-        training__num_epochs=EPOCHS,
+        training__num_epochs=case.epochs,
         training__snr_gamma=5.0,
         training__shard=case.shard,
         lr_scheduler={"name": "cosine", "warmup_steps": 2},

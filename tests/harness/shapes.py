@@ -19,7 +19,6 @@ TAILS = {  # images -> what the last window of 16 has
     31: "15 images",
     37: "5 images, of as many shapes",
 }
-EPOCHS = 3
 
 
 class Case(NamedTuple):
@@ -28,10 +27,11 @@ class Case(NamedTuple):
     precision: str = "float64"
     kind: str = "unconditional"
     crop: str = ""  # empty: that of its kind
+    epochs: int = 2
 
     @property
     def updates(self) -> int:
-        return EPOCHS * -(-self.images // 16)
+        return self.epochs * -(-self.images // 16)
 
     @property
     def reference(self) -> "Case":
@@ -88,7 +88,7 @@ def _config(base: Path, case: Case) -> dict:
         data__random_flip=True,
         training__micro_batch_size=micro,
         training__gradient_accumulation_steps=steps,
-        training__num_epochs=EPOCHS,
+        training__num_epochs=case.epochs,
         training__snr_gamma=5.0,
         lr_scheduler={"name": "cosine", "warmup_steps": 2},
     )
