@@ -1,4 +1,4 @@
-"""Each benchmark runs in its short form and prints every row of its tables. Figures need a quiet machine."""
+"""The short form of each benchmark runs and prints all of its rows. Figures need a quiet machine."""
 
 import os
 import re

@@ -245,7 +245,7 @@ def test_another_set_of_classes_is_another_run(finished, tmp_path):
     assert "training.condition_dropout: 0.3 in the checkpoint, 0.1 now" in outcome.stderr
 
 
-def read_digits(folder, scale, each=10):
+def read_digits(folder, scale, each=20):
     """The share of guided samples in which an SVC, trained on all real digits, reads the requested digit."""
     from sklearn.datasets import load_digits
     from sklearn.svm import SVC

@@ -1,6 +1,7 @@
 """train.py from a config to a pipeline: the README's job, the notebook recipes, objectives, two processes, bf16."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -58,8 +59,13 @@ def test_a_shipped_config_turns_a_model_of_0_to_4_into_one_of_5_to_9(tmp_path):
     base = recognised(ROOT / "configs/digits-base")
     assert (base >= 5).mean() <= 0.15
     run_dir = tmp_path / "run"
+
+    def before():
+        os.chdir(ROOT)  # the config names its base relative to it
+        draw_the_curve()
+
     command = ("--config", "configs/digits.yaml", f"output_dir={run_dir}", "samples.count=5")
-    finish(*command, folder=tmp_path, before=draw_the_curve, seconds=1200)
+    finish(*command, folder=tmp_path, before=before, seconds=1200)
     trained = recognised(run_dir / "pipeline")
     assert (trained >= 5).mean() >= 0.9
     assert {5, 6, 7, 8, 9} <= set(trained.tolist())

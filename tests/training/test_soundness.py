@@ -218,7 +218,7 @@ def test_a_shape_is_compiled_once_for_all_lengths_and_once_for_single_images(sha
 
 @pytest.mark.slow
 def test_a_network_compiled_by_inductor_trains_to_the_uncompiled_weights(tmp_path):
-    """The smallest network whose gradients inductor gets wrong on a CPU: 0.3 from the exact ones, without the check."""
+    """The smallest network whose gradients inductor gets wrong on a CPU with AMX: 0.3 from the exact ones."""
     unet = UNET | {"mid_block_type": None, "add_attention": False}
     pictures = write_pictures(tmp_path / "pictures", 8)
 
@@ -231,6 +231,5 @@ def test_a_network_compiled_by_inductor_trains_to_the_uncompiled_weights(tmp_pat
     plain, _ = updates("plain")
     cold = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     compiled, printed = updates("compiled", ACCELERATE_DYNAMO_BACKEND="INDUCTOR", **cold)
-    assert "Note: compiled gradients were " in printed
     assert "Compiled gradients are " in printed
     assert relative_difference(plain, compiled) < 1e-4
