@@ -12,9 +12,8 @@ from environment import FOLDER, parser
 import numpy as np
 import torch
 import yaml
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler
 from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 from table import head, row
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -23,6 +22,7 @@ from finetune.evaluation.quality import Features, feature_distances
 from finetune.models import classes
 from harness.compare import history
 from harness.configs import ROOT
+from harness.digits import share_read
 from harness.processes import finish, nothing
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
@@ -33,21 +33,6 @@ class ClippedWithoutItsNoise(DDIMScheduler):
 
     def step(self, output, timestep, sample):
         return super().step(output, timestep, sample)
-
-
-def accuracy(folder: Path, scale: float, each: int, steps: int, scheduler: type = DDIMScheduler) -> float:
-    """The share of samples in which an SVC that was trained on the real digits reads the requested one."""
-    digits = load_digits()
-    judge = SVC(gamma=0.001).fit(digits.data, digits.target)
-    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    asked = [name for name in pipeline.labels for _ in range(each)]
-    generator = torch.Generator().manual_seed(1)
-    options = {"guidance_scale": scale, "num_inference_steps": steps, "output_type": "np"}
-    images = pipeline(asked, generator=generator, **options).images
-    small = images.reshape(len(asked), 8, 2, 8, 2).mean((2, 4)).reshape(len(asked), 64)
-    return float((judge.predict(16 * small) == np.array([int(name) for name in asked])).mean())
 
 
 def train(name: str, updates: int, *overrides: str, before: Callable[[], None] = nothing) -> Path:
@@ -122,7 +107,7 @@ def main(short: bool) -> None:
     trained = train("whole", updates)
     for scale in SCALES[:1] if short else SCALES:
         found = (
-            accuracy(trained / "pipeline", scale, each, steps, how) for how in (DDIMScheduler, ClippedWithoutItsNoise)
+            share_read(trained / "pipeline", scale, each, steps, how) for how in (DDIMScheduler, ClippedWithoutItsNoise)
         )
         row(str(scale), *(f"{share:.1%}" for share in found))
 
@@ -136,7 +121,7 @@ def main(short: bool) -> None:
     head(f"start, {early} updates", "requested digit read at scale 2", "last training loss, smoothed")
     for name, folder in starts.items():
         loss = [line["train/loss_smoothed"] for line in history(folder) if "train/loss_smoothed" in line][-1]
-        row(name, f"{accuracy(folder / 'pipeline', 2.0, each, steps):.1%}", f"{loss:.4f}")
+        row(name, f"{share_read(folder / 'pipeline', 2.0, each, steps):.1%}", f"{loss:.4f}")
 
     resnet, vit = (
         trained_resnet(Path(FOLDER.name, "resnet"), 1 if short else 12),

@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from unittest import mock
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -255,13 +256,14 @@ def start_command(*command: str | Path, **environment: str) -> subprocess.Popen:
     )
 
 
-def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function of a module returns or raises in a new interpreter.
+def in_new_process(function: Callable[..., T], *arguments: Any, **environment: str) -> T:
+    """What a function of a module returns or raises in a new interpreter, with these variables set from its start.
 
     A fork can use what the tests before it have freed in this one's heap: too little memory would then be measured of
     it, and a limit would come too late.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(function, *arguments).result()
 
 

@@ -245,12 +245,10 @@ def limit_address_space(images):
     """From where the network stands ready: what it takes for so many images and half as many again."""
     skip_the_export()
     room = int(1.5 * images * activation_bytes(unconditional(LARGER)))
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-8, 1)  # M_ARENA_MAX: threads that decode would each reserve 64 MB, which training then could use
     threading.stack_size(1 << 18)  # of 8 MB each otherwise, as many as happen to run at once
 
     def limit():
-        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: memory that is freed leaves the address space
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: memory that is freed leaves the address space
         resource.setrlimit(resource.RLIMIT_AS, (address_space() + room, resource.RLIM_INFINITY))
 
     at_call(ema, "make_ema", 1, limit, after=True)
@@ -273,7 +271,8 @@ def run_within_the_limit(folder):
 
 @pytest.mark.slow
 def test_under_a_real_limit_auto_finishes_the_run_that_micro_batches_of_64_cannot(tmp_path):
-    died, done = in_new_process(run_within_the_limit, tmp_path)
+    # Each thread that decodes would reserve 64 MB of addresses. glibc reads this once, when the first thread starts.
+    died, done = in_new_process(run_within_the_limit, tmp_path, MALLOC_ARENA_MAX="1")
     assert died.returncode == 1
     assert died.error.startswith(
         "training.micro_batch_size: out of memory with 64 at step 1; set training.micro_batch_size=32 "
