@@ -16,6 +16,7 @@ from harness.processes import finish, run, run_two
 
 pytestmark = pytest.mark.slow
 
+KINDS = "text", "sdxl", "lora"
 TEXT_ENCODERS = CLIPTextModel, CLIPTextModelWithProjection
 
 # Of two layouts, as of every kind in float32 (see test_invariance).
@@ -29,7 +30,7 @@ def crops_config(kind, pictures, output_dir, **changes):
     return evaluated_config(pictures, output_dir, **options | changes)
 
 
-@pytest.fixture(scope="module", params=["text", "sdxl", "lora"])
+@pytest.fixture(scope="module", params=KINDS)
 def finished(request, tmp_path_factory):
     """A run of each kind on random crops of larger pictures, and the kind; with how often it loaded its VAE, and which
     encoders each micro-batch found in memory."""
@@ -95,15 +96,18 @@ def test_the_plan_says_what_is_encoded_when_and_what_it_costs(finished, tmp_path
     assert "ZeroDivisionError" in run(*arguments, folder=tmp_path, before=judging_nobody).stderr
 
 
-@pytest.mark.parametrize(
-    "kill",
-    [(Window, "add", 1), (Window, "add", 7), (evaluator, "sample", 3)],
-    ids=["in the first update", "inside a window", "between two guidance scales"],
-)
-def test_a_killed_run_resumes_to_the_bit(finished, tmp_path, kill):
+KILLS = {
+    "in the first update": (Window, "add", 1),
+    "inside a window": (Window, "add", 7),
+    "between two guidance scales": (evaluator, "sample", 3),
+}
+
+
+@pytest.mark.parametrize(("finished", "moment"), zip(KINDS, KILLS, strict=True), indirect=["finished"])
+def test_a_killed_run_resumes_to_the_bit(finished, tmp_path, moment):
     def killed():
         skip_the_export()
-        kill_at(*kill)
+        kill_at(*KILLS[moment])
 
     arguments = "--config", finished[0] / "config.yaml", f"output_dir={tmp_path / 'run'}"
     assert run(*arguments, folder=tmp_path, before=killed).returncode == -9
@@ -124,7 +128,7 @@ def test_two_processes_draw_and_measure_the_same_and_train_alike(finished, tmp_p
     assert {name: apart for name, apart in found.items() if apart > ROUNDING} == {}
 
 
-@pytest.mark.parametrize("kind", ["text", "sdxl", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_crops_of_pictures_that_leave_no_choice_are_the_run_of_encoded_centres(tmp_path, kind):
     """8 x 8 pixels of 8 x 8, mirrored or not: the same latents but for the order of the VAE's sums.
 

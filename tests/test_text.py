@@ -122,19 +122,20 @@ def test_a_run_from_the_export_starts_where_that_one_ended(exported, tmp_path):
     assert history(tmp_path / "run")[0]["validation/loss"] == last
 
 
+KILLS = {
+    "encoding": (Store, "write", 1),
+    "encoded captions": (Store, "write", 1, True),
+    "inside a window": (Window, "add", 8),
+    "in a validation": (Validation, "losses", 5, True),
+    "between two guidance scales": (evaluator, "sample", 3),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kill",
-    [
-        (Store, "write", 1),
-        (Store, "write", 1, True),
-        (Window, "add", 8),
-        (Validation, "losses", 5, True),
-        (evaluator, "sample", 3),
-    ],
-    ids=["encoding", "encoded captions", "inside a window", "in a validation", "between two guidance scales"],
+    ("finished", "moment"), [*zip([*KINDS, *KINDS], KILLS, strict=False), ("lora", "encoding")], indirect=["finished"]
 )
-def test_a_killed_run_resumes_to_the_bit(finished, tmp_path, kill):
+def test_a_killed_run_resumes_to_the_bit(finished, tmp_path, moment):
     base, kind = finished
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
 
@@ -145,7 +146,7 @@ def test_a_killed_run_resumes_to_the_bit(finished, tmp_path, kill):
 
     def killed():
         fresh_cache()
-        kill_at(*kill)
+        kill_at(*KILLS[moment])
 
     file = write_config(tmp_path / "config.yaml", text_config(kind, base / "pictures", tmp_path / "run"))
     assert run("--config", file, folder=tmp_path, before=killed).returncode == -9

@@ -3,15 +3,12 @@
     python tests/benchmarks/memory.py            # about six minutes on two CPU cores
     python tests/benchmarks/memory.py --short
 
-Each figure is the peak resident memory of a process of its own, with the C allocator's default settings. It is read
-from /proc while the process runs: the peak that `wait4` returns is at least that of the process which started it.
+Each figure is the peak resident memory of an interpreter of its own, with the C allocator's default settings. It is
+read from /proc while the process runs: the peak that `wait4` returns is at least that of the process which started it.
 """
 
-import os
 import re
-import socket
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from bare import run_config, unet_config
 from table import head, row
 
 from harness.configs import write_config
+from harness.processes import start_several
 
 WIDE = {**unet_config((128, 256, 352), 8), "layers_per_block": 8}  # 106 M weights, in many blocks
 MICRO_STEPS = 200  # the peak grows for so long, since the C allocator's heap does
@@ -36,62 +34,53 @@ def read_peak(process: int) -> float:
     return int(found[1]) * 1024 / 1e6 if found else 0.0
 
 
-def peak(file: Path, *overrides: str, log: Path | None = None, lines: int = 0) -> float:
-    """MB at the peak of a run of train.py, to its end or until its log has so many lines."""
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(file), *overrides]
-    most = 0.0
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            most = max(most, read_peak(process.pid))
+class Runs:
+    """Runs of train.py whose memory is measured: forks in the short form, new interpreters otherwise."""
+
+    def __init__(self, short: bool):
+        self.short = short
+
+    def peak(
+        self, file: Path, *overrides: str, processes: int = 1, log: Path | None = None, lines: int = 0
+    ) -> tuple[float, str]:
+        """MB at the peak of a process, the largest, and what the first one printed.
+
+        Args:
+            log: the processes are killed as soon as this file has so many lines.
+        """
+        arguments, folder = ("--config", file, *overrides), Path(FOLDER.name, "log")
+        running = start_several(processes, *arguments, folder=folder, fresh=not self.short)
+        last = dict.fromkeys(running, 0.0)  # the last reading is the peak: before the new interpreter it is this one's
+        while any(process.poll() is None for process in running):
+            last |= {process: found for process in running if (found := read_peak(process.pid))}
             if log is not None and log.exists() and len(log.read_text().splitlines()) >= lines:
-                process.kill()
-                return most
+                for process in running:
+                    process.kill(signal.SIGKILL)
+                    process.wait()
+                return max(last.values()), running[0].printed()
             time.sleep(0.02)
-    assert process.returncode == 0, f"{file}: exit code {process.returncode}"
-    return most
+        outcomes = [process.wait() for process in running]
+        assert {outcome.returncode for outcome in outcomes} == {0}, outcomes[0].stderr[-3000:]
+        return max(last.values()), outcomes[0].stdout
 
-
-def planned(file: Path, *overrides: str) -> float:
-    """MB that `--check` announces."""
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(file), *overrides, "--check"]
-    return announced(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-
-
-def announced(printed: str) -> float:
-    return float(re.search(r"^Memory: about (\d+) MB", printed, re.MULTILINE)[1])
-
-
-def of_two(file: Path, *overrides: str) -> tuple[float, str]:
-    """MB at the peak of one of two processes that run train.py to its end, the larger, and what the first printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(file), *overrides]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    printed, most = Path(FOLDER.name, "printed"), 0.0
-    with printed.open("w") as first, open(os.devnull, "w") as nowhere:
-        processes = [
-            subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stdout=file)
-            for rank, file in (("0", first), ("1", nowhere))
-        ]
-        while any(process.poll() is None for process in processes):
-            most = max(most, *(read_peak(process.pid) for process in processes))
-            time.sleep(0.02)
-    assert [process.returncode for process in processes] == [0, 0]
-    return most, printed.read_text()
+    def planned(self, file: Path, *overrides: str, processes: int = 1) -> float:
+        """MB that `--check` announces."""
+        _, printed = self.peak(file, *overrides, "--check", processes=processes)
+        return float(re.search(r"^Memory: about (\d+) MB", printed, re.MULTILINE)[1])
 
 
 def compare_shares(short: bool) -> None:
     """Two processes, of which each holds all, or its share (see `scale.py`). To the end of the export, with an average
     and saves."""
-    network, found = unet_config((8, 16), 8) if short else WIDE, {}
+    runs, found = Runs(short), {}
+    network = unet_config((8, 16), 8) if short else WIDE
     file = config_file("shared", network, 2, 2, 2, images=8, logging__tracker=None)
     head("peak memory of one of two processes, MB", "in the plan", "measured", "plan / measured", "limit")
     shares = ("each holds all", "false"), ("training.shard", "true")
     for what, shard in shares[-1:] if short else shares:
         overrides = f"output_dir={FOLDER.name}/shared-{shard}", f"training.shard={shard}"
-        plan = announced(of_two(file, *overrides, "--check")[1])
-        found[shard], _ = of_two(file, *overrides)
+        plan = runs.planned(file, *overrides, processes=2)
+        found[shard], _ = runs.peak(file, *overrides, processes=2)
         row(what, f"{plan:.0f}", f"{found[shard]:.0f}", plan / found[shard], "0.85 to 1.15")
     if short:
         return
@@ -119,7 +108,7 @@ def compare_plans(short: bool) -> None:
     again = {"model__gradient_checkpointing": True}
     digits = [f"output_dir={FOLDER.name}/digits", f"training.max_train_steps={updates}"]
     head("peak memory of a run, MB", "in the plan", "measured", "plan / measured", "limit")
-    runs = (
+    cases = (
         ("configs/digits.yaml, micro-batch of 16", ROOT / "configs/digits.yaml", digits),
         (
             "64 px, micro-batch of 2",
@@ -129,14 +118,15 @@ def compare_plans(short: bool) -> None:
         ("mostly weights", config_file("heavy", heavy, 2, steps, updates, **evaluated), []),
         ("gradient checkpointing", config_file("again", small, 8, steps, updates, **evaluated, **again), []),
     )
-    for what, file, overrides in runs[-1:] if short else runs:
-        plan, run = planned(file, *overrides), peak(file, *overrides)
+    runs = Runs(short)
+    for what, file, overrides in cases[-1:] if short else cases:
+        plan, (run, _) = runs.planned(file, *overrides), runs.peak(file, *overrides)
         row(what, f"{plan:.0f}", f"{run:.0f}", plan / run, "0.85 to 1.15")
 
 
 def compare_pairs(short: bool) -> None:
     """Runs that differ in one setting."""
-    plain = {"ema__enabled": False, "logging__tracker": None}
+    runs, plain = Runs(short), {"ema__enabled": False, "logging__tracker": None}
     head("peak memory")
 
     def compare(what: str, one: float, other: float, *limit: str) -> None:
@@ -144,16 +134,18 @@ def compare_pairs(short: bool) -> None:
 
     if not short:
         unet, batch, micro = unet_config(), 256, 32
-        small = peak(config_file("small", unet, 4, 1, MICRO_STEPS, images=256, **plain))
-        large = peak(config_file("large", unet, 4, batch // 4, -(-4 * MICRO_STEPS // batch), images=256, **plain))
+        small, _ = runs.peak(config_file("small", unet, 4, 1, MICRO_STEPS, images=256, **plain))
+        large, _ = runs.peak(
+            config_file("large", unet, 4, batch // 4, -(-4 * MICRO_STEPS // batch), images=256, **plain)
+        )
         compare(f"global batch {batch} over 4, micro-batches of 4", large, small, "1.05")
-        kept = peak(config_file("kept", unet, micro, 1, 5, **plain))
-        again = peak(config_file("recomputed", unet, micro, 1, 5, model__gradient_checkpointing=True, **plain))
+        kept, _ = runs.peak(config_file("kept", unet, micro, 1, 5, **plain))
+        again, _ = runs.peak(config_file("recomputed", unet, micro, 1, 5, model__gradient_checkpointing=True, **plain))
         compare(f"gradient_checkpointing, micro-batch of {micro}", again, kept)
     unet, found = unet_config((8, 16), 8) if short else unet_config((128, 256, 352), 8), []
     for name, every in (("saved", 1), ("unsaved", 1000)):
         file = config_file(name, unet, 1, 1, 1000, images=8, checkpoint__every_steps=every, **plain)
-        found.append(peak(file, log=Path(FOLDER.name, name, "metrics.jsonl"), lines=3))
+        found.append(runs.peak(file, log=Path(FOLDER.name, name, "metrics.jsonl"), lines=3)[0])
     compare("saves, or none", *found)
 
 

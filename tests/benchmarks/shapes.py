@@ -19,6 +19,7 @@ from bare import unet_config
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 from table import head, row
+from torch._inductor import config as inductor
 
 from finetune.core.batch import BatchLayout
 from finetune.core.dealing import Dealing, deal_by_shape, deal_evenly
@@ -28,7 +29,7 @@ from finetune.training.noise_scale import GradientNoiseScale
 from finetune.training.objective import loss_per_image
 from harness.compare import relative_difference, weights
 from harness.configs import UNET, picture, tiny_config, write_config
-from harness.processes import launch
+from harness.several_runs import run_configs
 from harness.shapes import SHAPES, write_shapes
 
 # (width, height) -> share: about what a camera and a telephone make
@@ -132,11 +133,10 @@ def compiled(base: Path, backend: str) -> None:
         config = tiny_config(pictures, base / name, data__buckets=SHAPES[:3], data__random_flip=True)
         file = write_config(base / f"{name}.yaml", config)
         started = time.perf_counter()
-        options, script = ["--dynamo_backend", name], "tests/harness/several_runs.py"
         # Nothing that was compiled earlier, and the setting that the check of compiled gradients would find.
-        environment = {"TORCHINDUCTOR_CACHE_DIR": str(base / "inductor"), "TORCHINDUCTOR_LAYOUT_OPTIMIZATION": "0"}
-        outcome = launch(file, launcher=options, script=script, seconds=1200, **environment)
-        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(base / "inductor"), "ACCELERATE_DYNAMO_BACKEND": name.upper()}
+        with inductor.patch(layout_optimization=False):
+            run_configs(1, {"float32": [file]}, base / "log", **environment)
         found[name] = time.perf_counter() - started
     apart = relative_difference(*(weights(base / name, 8) for name in found))
     head(f"8 updates on 3 shapes, compiled by {backend}", "seconds", "seconds without", "weights apart")

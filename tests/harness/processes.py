@@ -2,7 +2,7 @@
 
 A fork has all imports done and runs the script's last lines included. On one process or two, to its end or not; faults
 are injected by a function that runs in the forked process before the script does. A run draws no loss curve unless that
-function has it drawn.
+function has it drawn. Where its time or memory is measured, a fork becomes a new interpreter instead.
 """
 
 import gc
@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
 
 
 class Training:
-    """A forked script that is running, most often train.py."""
+    """A forked script that is running, most often train.py; or, `fresh`, one in an interpreter of its own."""
 
     def __init__(
         self,
@@ -70,22 +70,27 @@ class Training:
         before: Callable[[], None],
         environment: dict[str, str],
         script: str = "train.py",
+        fresh: bool = False,
     ):
         self.script = ROOT / script
+        self._code: int | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self.files = [folder / f"{name}-{time.monotonic_ns()}" for name in ("out", "err")]
         gc.freeze()  # the objects of the tests need not be searched when the run ends
         self.pid = os.fork()
         if self.pid == 0:
-            self._run(arguments, before, environment)
+            self._run(list(map(str, arguments)), before, environment, fresh)
 
-    def _run(self, arguments: Sequence, before: Callable[[], None], environment: dict[str, str]) -> None:
+    def _run(self, arguments: list[str], before: Callable[[], None], environment: dict[str, str], fresh: bool) -> None:
         code = 1
         try:
             sys.stdout, sys.stderr = (open(file, "w", buffering=1) for file in self.files)  # noqa: SIM115
             os.dup2(sys.stdout.fileno(), 1)
             os.dup2(sys.stderr.fileno(), 2)
             os.environ |= environment
+            if fresh:
+                os.chdir(ROOT)
+                os.execv(sys.executable, [sys.executable, str(self.script), *arguments])
             forget_processes()
             multiprocessing.process._children.clear()  # data workers of the process that forked
             for number in SIGNALS:  # a run in the process that forked may have set handlers
@@ -93,7 +98,7 @@ class Training:
             remember_flops()
             leave_out_the_curve()
             before()
-            sys.argv = [self.script.name, *map(str, arguments)]
+            sys.argv = [self.script.name, *arguments]
             sys.path.insert(0, str(self.script.parent))
             runpy.run_path(str(self.script), run_name="__main__")
             code = 0
@@ -112,13 +117,17 @@ class Training:
         """Standard output so far."""
         return self.files[0].read_text()
 
+    def poll(self) -> int | None:
+        """The exit code, negative for the signal that killed it; None while it runs."""
+        if self._code is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if done else None
+        return self._code
+
     def wait(self, seconds: float = 60) -> Outcome:
         """Wait for the end; a process that takes longer is killed, and TimeoutError raised."""
         end = time.monotonic() + seconds
-        while True:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                break
+        while (code := self.poll()) is None:
             if time.monotonic() > end:
                 self.kill(signal.SIGKILL)
                 os.waitpid(self.pid, 0)
@@ -126,7 +135,7 @@ class Training:
                     f"{self.script.name} did not end in {seconds} s: {self.files[1].read_text()[-2000:]}"
                 )
             time.sleep(0.01)
-        return Outcome(os.waitstatus_to_exitcode(status), *(file.read_text() for file in self.files))
+        return Outcome(code, *(file.read_text() for file in self.files))
 
 
 def nothing(*_: int) -> None: ...
@@ -174,9 +183,14 @@ def start_several(
     folder: Path,
     before: Callable[[int], None] = nothing,
     script: str = "train.py",
+    fresh: bool = False,
     **environment: str,
 ) -> list[Training]:
-    """A script on processes as the launcher would start them. `before` gets the number of its process."""
+    """A script on processes as the launcher would start them. `before` gets the number of its process.
+
+    Args:
+        fresh: in new interpreters, from the root of the repository, without `before`.
+    """
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -186,7 +200,7 @@ def start_several(
     started = []
     for process in range(processes):
         own = {"RANK": str(process), "LOCAL_RANK": str(process)} if processes > 1 else {}
-        started.append(Training(arguments, folder, partial(before, process), environment | own, script))
+        started.append(Training(arguments, folder, partial(before, process), environment | own, script, fresh))
     return started
 
 

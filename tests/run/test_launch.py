@@ -50,14 +50,12 @@ class Running:
 @pytest.mark.parametrize(
     ("command", "send", "number"),
     [
-        (ONE, os.kill, signal.SIGKILL),
-        (ONE, os.kill, signal.SIGTERM),
+        (ONE, os.kill, signal.SIGTERM),  # which this launcher does not handle
         (TWO, os.kill, signal.SIGKILL),
         (ONE, os.killpg, signal.SIGINT),
         (TWO, os.killpg, signal.SIGTERM),
     ],
     ids=[
-        "the launcher of 1 process, SIGKILL",
         "the launcher of 1 process, SIGTERM",
         "the launcher of 2 processes, SIGKILL",
         "all of a launch of 1 process, SIGINT",

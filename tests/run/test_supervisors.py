@@ -29,13 +29,11 @@ def config(tmp_path_factory):
     ("command", "supervisor", "number"),
     [
         (PYTHON, SLURM, signal.SIGUSR1),
-        (PYTHON, SYSTEMD, signal.SIGTERM),
         (PYTHON, DOCKER, signal.SIGTERM),
-        (TWO, SLURM, signal.SIGUSR1),
         (TWO, SYSTEMD, signal.SIGHUP),
         (TWO, KUBERNETES, signal.SIGTERM),
     ],
-    ids=["python, Slurm", "python, systemd", "python, Docker", "two, Slurm", "two, systemd", "two, Kubernetes"],
+    ids=["python, Slurm", "python, Docker", "two, systemd", "two, Kubernetes"],  # two under Slurm: below
 )
 def test_nothing_is_lost_under_a_supervisor(config, tmp_path, command, supervisor, number):
     job = Job(*command, "--config", config, output_dir=tmp_path / "run", **PATIENT)
