@@ -196,7 +196,7 @@ def start_several(
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-    environment["ACCELERATE_USE_CPU"] = "true"
+    environment.setdefault("ACCELERATE_USE_CPU", "true")
     started = []
     for process in range(processes):
         own = {"RANK": str(process), "LOCAL_RANK": str(process)} if processes > 1 else {}

@@ -14,7 +14,7 @@ import pytest
 from finetune.run import checkpoint
 from harness.compare import valid_checkpoints
 from harness.configs import write_endless
-from harness.processes import default_signals, run, start_command, wait_for
+from harness.processes import default_signals, run, run_two, start_command, wait_for
 from harness.supervisors import LAUNCH, ONE, PYTHON, TWO
 
 pytestmark = pytest.mark.slow
@@ -118,12 +118,13 @@ def test_accelerate_launch_with_two_processes_that_starts_one_is_refused(config,
     assert not (tmp_path / "run").exists()
 
 
-def test_torchrun_without_accelerates_variable_is_refused_with_one_line_that_names_it(config):
-    process = start_command(*TORCHRUN, "--config", config, "--check", ACCELERATE_USE_CPU="false")
-    output, errors = process.communicate(timeout=120)
-    assert output == ""
-    (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert error.startswith("error: launch: found 1 process where WORLD_SIZE in the environment is 2: ")
+def test_torchrun_without_accelerates_variable_is_refused_with_one_line_that_names_it(config, tmp_path):
+    """Accelerate connects the two, and trains as one process each."""
+    ended = run_two("--config", config, "--check", folder=tmp_path, ACCELERATE_USE_CPU="false")
+    assert [outcome.returncode for outcome in ended] == [2, 2]
+    assert [outcome.stdout for outcome in ended] == ["", ""]
+    (error,) = [error for outcome in ended for error in outcome.errors]
+    assert error.startswith("launch: found 1 process where WORLD_SIZE in the environment is 2: ")
     assert "ACCELERATE_USE_CPU=true" in error
 
 
