@@ -1,8 +1,8 @@
-"""Starting train.py or another script: forked, which takes no time, or by the real launcher.
+"""Starting train.py or another script: forked, which takes no time, or by a real command.
 
 A fork has all imports done and runs the script's last lines included. On one process or two, to its end or not; faults
 are injected by a function that runs in the forked process before the script does. A run draws no loss curve unless that
-function has it drawn. Where its time or memory is measured, a fork becomes a new interpreter instead.
+function has it drawn. Where memory is measured, a fork becomes a new interpreter instead.
 """
 
 import gc
@@ -219,34 +219,6 @@ def run_several(
 
 
 start_two, run_two = partial(start_several, 2), partial(run_several, 2)
-
-
-def launch(
-    *arguments: str | Path,
-    processes: int = 1,
-    script: str = "train.py",
-    config_file: str | None = None,
-    mixed_precision: str = "no",
-    launcher: Sequence[str] = (),
-    seconds: float = 300,
-    **environment: str,
-) -> Outcome:
-    """`accelerate launch` of a script with real processes, on the CPU, to its end.
-
-    Args:
-        config_file: launch as this file says; else with `processes`, `mixed_precision` and the `launcher`'s flags.
-    """
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    if config_file is not None:
-        command += ["--config_file", str(ROOT / config_file)]
-    else:
-        command += ["--num_machines", "1", "--num_processes", str(processes)]
-        command += ["--mixed_precision", mixed_precision, *launcher]
-        command += ["--multi_gpu"] if processes > 1 else ["--quiet"]
-    command += [str(ROOT / script), *map(str, arguments)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def default_signals() -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from harness.configs import ROOT, tiny_config, write_config, write_pictures
 from harness.hub import serving
 from harness.pipelines import save_pipeline
-from harness.processes import launch
+from harness.processes import start_command
+from harness.supervisors import PYTHON
 
 FOREIGN = [  # files of repositories that no component needs
     *("v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "pipeline.py", "unet/modeling.py", "README.md", "preview.png"),
@@ -100,9 +101,11 @@ def test_a_repository_that_has_only_half_weights_is_trained_and_the_plan_says_so
     changes = {"model": {"pretrained": f"someone/{name}"}, "training__max_train_steps": 1, "ema__enabled": False}
     config = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run", **changes))
     with serving({f"someone/{name}": repositories / name}) as hub:
-        done = launch("--config", config, HF_HUB_OFFLINE="0", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"someone/{name} (its fp16 weights, as there are no others): 0." in done.stdout
+        client = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        process = start_command(*PYTHON, "--config", config, **client)
+        printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors[-2000:]
+    assert f"someone/{name} (its fp16 weights, as there are no others): 0." in printed
     before = DiffusionPipeline.from_pretrained(repositories / name, variant="fp16").unet.state_dict()
     after = load_file(tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}

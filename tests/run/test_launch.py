@@ -118,8 +118,8 @@ def test_accelerate_launch_with_two_processes_that_starts_one_is_refused(config,
     assert not (tmp_path / "run").exists()
 
 
-def test_torchrun_without_accelerates_variable_is_refused_with_one_line_that_names_it(config, tmp_path):
-    """Accelerate connects the two, and trains as one process each."""
+def test_two_processes_without_accelerates_variable_are_refused_with_one_line_that_names_it(config, tmp_path):
+    """As torchrun starts them: without a GPU Accelerate would have each of them train alone."""
     ended = run_two("--config", config, "--check", folder=tmp_path, ACCELERATE_USE_CPU="false")
     assert [outcome.returncode for outcome in ended] == [2, 2]
     assert [outcome.stdout for outcome in ended] == ["", ""]
