@@ -7,6 +7,7 @@ python tests/benchmarks/checkpointing.py --short    # the smallest sizes: does i
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ import train
 from finetune.run import checkpoint
 from harness.configs import write_config
 from harness.faults import skip_the_export
-from harness.processes import finish, run_two
+from harness.processes import finish, run_two, start_several
 
 DIGITS = ["--config", "configs/digits.yaml", "validation.every_steps=100000", "samples.count=0", "data.num_workers=0"]
 DIGITS += ["data.validation_fraction=0"]
@@ -119,31 +120,33 @@ def noting_saves(times: Path, process: int) -> None:
     checkpoint.save = timed
 
 
-def first_update(output_dir: Path) -> float:
-    """Seconds from the command to the first logged update of this start."""
+def first_update(output_dir: Path, short: bool) -> float:
+    """Seconds from the command to the first logged update of this start, in an interpreter of its own; in a fork in the
+    short form."""
     file, started = output_dir / "metrics.jsonl", time.perf_counter()
     lines = len(file.read_text().splitlines()) if file.exists() else 0
-    command = [sys.executable, "train.py", *DIGITS, f"output_dir={output_dir}", "training.max_train_steps=1000"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not file.exists() or len(file.read_text().splitlines()) <= lines:
-            assert process.poll() is None, f"{command} ended with {process.returncode}"
-            time.sleep(0.01)
-        spent = time.perf_counter() - started
-        process.kill()
+    command = [*DIGITS, f"output_dir={output_dir}", "training.max_train_steps=1000"]
+    (process,) = start_several(1, *command, folder=Path(FOLDER.name, "log"), fresh=not short)
+    while not file.exists() or len(file.read_text().splitlines()) <= lines:
+        assert process.poll() is None, f"{command} ended with {process.poll()}"
+        time.sleep(0.01)
+    spent = time.perf_counter() - started
+    process.kill(signal.SIGKILL)
+    process.wait()
     return spent
 
 
-def starting(rounds: int, saved_step: int) -> None:
+def starting(rounds: int, saved_step: int, short: bool) -> None:
     base = Path(FOLDER.name, "base")
     length = f"training.max_train_steps={saved_step}"
     finish(*DIGITS, f"output_dir={base}", length, "checkpoint.every_steps=1000", folder=Path(FOLDER.name, "base-log"))
     fresh, resumed = [], []
     for number in range(rounds):
         bare = seconds(lambda: subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True))
-        start = first_update(Path(FOLDER.name, f"fresh-{number}"))
+        start = first_update(Path(FOLDER.name, f"fresh-{number}"), short)
         again = Path(shutil.copytree(base, Path(FOLDER.name, f"resumed-{number}")))
         fresh.append((start, bare))
-        resumed.append((first_update(again), start))
+        resumed.append((first_update(again, short), start))
     times = [median(column) for column in zip(*fresh, strict=True)]
     seconds_each = f"{times[0]:.1f} : {times[1]:.1f} s"
     row("command to first update over bare imports and model", seconds_each, ratio(fresh), "1.3")
@@ -161,7 +164,7 @@ def main() -> None:
     print(machine())
     os.chdir(ROOT)  # configs/digits.yaml names its base relative to it
     head("saving and starting")
-    starting(*((1, 1) if short else (5, 60)))
+    starting(*((1, 1) if short else (5, 60)), short)
     saving(*saved(short))
 
 

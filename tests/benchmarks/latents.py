@@ -11,8 +11,6 @@ smaller the gain: what the UNet's many small layers cost beside their arithmetic
 
 import json
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +29,7 @@ from finetune.config.schema import Config
 from finetune.models.lora import add_adapters, draw_adapters
 from harness.configs import tiny_config, write_config, write_pictures
 from harness.pipelines import LENGTH, pipeline
+from harness.processes import start_several
 
 SIZE, BATCH = 128, 16  # pixels a side and images of an update
 
@@ -171,15 +170,17 @@ train.main(load_config({config!r}))
 """
 
 
-def peak(name: str, folder: Path, size: int, updates: int, random: bool) -> float:
-    """MB at the peak of the updates of a run in a process of its own."""
+def peak(name: str, folder: Path, size: int, short: bool, random: bool) -> float:
+    """MB at the peak of the updates of a run in an interpreter of its own; in a fork in the short form."""
     config = config_of(name, folder, size, logging__tracker=None, data__num_workers=0)
     values = config.model_dump(mode="json", exclude_defaults=True)
-    values["training"]["max_train_steps"] = updates
+    values["training"]["max_train_steps"] = 4 if short else 10
     file = write_config(Path(FOLDER.name, f"{name}.yaml"), values)
     out = Path(FOLDER.name, f"{name}.json")
-    code = WATCH.format(root=str(ROOT), random=random, out=str(out), config=str(file))
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
+    script = Path(FOLDER.name, f"watch_{name}.py")  # its folder comes first on the path: not random.py
+    script.write_text(WATCH.format(root=str(ROOT), random=random, out=str(out), config=str(file)))
+    (process,) = start_several(1, folder=Path(FOLDER.name), script=str(script), fresh=not short)
+    done = process.wait(600)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(out.read_text()) / 1e6
 
@@ -198,7 +199,7 @@ def main() -> None:
         f"{BATCH} latents of {bare.noisy.shape[-1]} x {bare.noisy.shape[-1]}", milliseconds(pairs), ratio(pairs), "1.03"
     )
     head("peak memory of updates")
-    measure = partial(peak, folder=folder, size=size, updates=4 if short else 10)
+    measure = partial(peak, folder=folder, size=size, short=short)
     encoded, random = measure("encoded", random=False), measure("random", random=True)
     row("encoded images over random latents", f"{encoded:.0f} : {random:.0f} MB", encoded / random, "1.02")
     head("encoding in the loop over encoded once, all cores")
