@@ -7,7 +7,6 @@ python tests/benchmarks/checkpointing.py --short    # the smallest sizes: does i
 import io
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -131,8 +130,7 @@ def first_update(output_dir: Path, short: bool) -> float:
         assert process.poll() is None, f"{command} ended with {process.poll()}"
         time.sleep(0.01)
     spent = time.perf_counter() - started
-    process.kill(signal.SIGKILL)
-    process.wait()
+    process.end()
     return spent
 
 

@@ -8,7 +8,6 @@ read from /proc while the process runs: the peak that `wait4` returns is at leas
 """
 
 import re
-import signal
 import time
 from pathlib import Path
 
@@ -34,53 +33,47 @@ def read_peak(process: int) -> float:
     return int(found[1]) * 1024 / 1e6 if found else 0.0
 
 
-class Runs:
-    """Runs of train.py whose memory is measured: forks in the short form, new interpreters otherwise."""
+def peak(
+    short: bool, file: Path, *overrides: str, processes: int = 1, log: Path | None = None, lines: int = 0
+) -> tuple[float, str]:
+    """MB at the peak of a process of a run of train.py, the largest, and what the first one printed.
 
-    def __init__(self, short: bool):
-        self.short = short
+    Args:
+        short: in forks, which start at once, instead of new interpreters.
+        log: the processes are killed as soon as this file has so many lines.
+    """
+    arguments, folder = ("--config", file, *overrides), Path(FOLDER.name, "log")
+    running = start_several(processes, *arguments, folder=folder, fresh=not short)
+    last = dict.fromkeys(running, 0.0)  # the last reading is the peak: before the new interpreter it is this one's
+    while any(process.poll() is None for process in running):
+        last |= {process: found for process in running if (found := read_peak(process.pid))}
+        if log is not None and log.exists() and len(log.read_text().splitlines()) >= lines:
+            for process in running:
+                process.end()
+            return max(last.values()), running[0].printed()
+        time.sleep(0.02)
+    outcomes = [process.wait() for process in running]
+    assert {outcome.returncode for outcome in outcomes} == {0}, outcomes[0].stderr[-3000:]
+    return max(last.values()), outcomes[0].stdout
 
-    def peak(
-        self, file: Path, *overrides: str, processes: int = 1, log: Path | None = None, lines: int = 0
-    ) -> tuple[float, str]:
-        """MB at the peak of a process, the largest, and what the first one printed.
 
-        Args:
-            log: the processes are killed as soon as this file has so many lines.
-        """
-        arguments, folder = ("--config", file, *overrides), Path(FOLDER.name, "log")
-        running = start_several(processes, *arguments, folder=folder, fresh=not self.short)
-        last = dict.fromkeys(running, 0.0)  # the last reading is the peak: before the new interpreter it is this one's
-        while any(process.poll() is None for process in running):
-            last |= {process: found for process in running if (found := read_peak(process.pid))}
-            if log is not None and log.exists() and len(log.read_text().splitlines()) >= lines:
-                for process in running:
-                    process.kill(signal.SIGKILL)
-                    process.wait()
-                return max(last.values()), running[0].printed()
-            time.sleep(0.02)
-        outcomes = [process.wait() for process in running]
-        assert {outcome.returncode for outcome in outcomes} == {0}, outcomes[0].stderr[-3000:]
-        return max(last.values()), outcomes[0].stdout
-
-    def planned(self, file: Path, *overrides: str, processes: int = 1) -> float:
-        """MB that `--check` announces."""
-        _, printed = self.peak(file, *overrides, "--check", processes=processes)
-        return float(re.search(r"^Memory: about (\d+) MB", printed, re.MULTILINE)[1])
+def planned(short: bool, file: Path, *overrides: str, processes: int = 1) -> float:
+    """MB that `--check` announces."""
+    _, printed = peak(short, file, *overrides, "--check", processes=processes)
+    return float(re.search(r"^Memory: about (\d+) MB", printed, re.MULTILINE)[1])
 
 
 def compare_shares(short: bool) -> None:
     """Two processes, of which each holds all, or its share (see `scale.py`). To the end of the export, with an average
     and saves."""
-    runs, found = Runs(short), {}
-    network = unet_config((8, 16), 8) if short else WIDE
+    network, found = unet_config((8, 16), 8) if short else WIDE, {}
     file = config_file("shared", network, 2, 2, 2, images=8, logging__tracker=None)
     head("peak memory of one of two processes, MB", "in the plan", "measured", "plan / measured", "limit")
     shares = ("each holds all", "false"), ("training.shard", "true")
     for what, shard in shares[-1:] if short else shares:
         overrides = f"output_dir={FOLDER.name}/shared-{shard}", f"training.shard={shard}"
-        plan = runs.planned(file, *overrides, processes=2)
-        found[shard], _ = runs.peak(file, *overrides, processes=2)
+        plan = planned(short, file, *overrides, processes=2)
+        found[shard], _ = peak(short, file, *overrides, processes=2)
         row(what, f"{plan:.0f}", f"{found[shard]:.0f}", plan / found[shard], "0.85 to 1.15")
     if short:
         return
@@ -108,7 +101,7 @@ def compare_plans(short: bool) -> None:
     again = {"model__gradient_checkpointing": True}
     digits = [f"output_dir={FOLDER.name}/digits", f"training.max_train_steps={updates}"]
     head("peak memory of a run, MB", "in the plan", "measured", "plan / measured", "limit")
-    cases = (
+    runs = (
         ("configs/digits.yaml, micro-batch of 16", ROOT / "configs/digits.yaml", digits),
         (
             "64 px, micro-batch of 2",
@@ -118,15 +111,14 @@ def compare_plans(short: bool) -> None:
         ("mostly weights", config_file("heavy", heavy, 2, steps, updates, **evaluated), []),
         ("gradient checkpointing", config_file("again", small, 8, steps, updates, **evaluated, **again), []),
     )
-    runs = Runs(short)
-    for what, file, overrides in cases[-1:] if short else cases:
-        plan, (run, _) = runs.planned(file, *overrides), runs.peak(file, *overrides)
+    for what, file, overrides in runs[-1:] if short else runs:
+        plan, (run, _) = planned(short, file, *overrides), peak(short, file, *overrides)
         row(what, f"{plan:.0f}", f"{run:.0f}", plan / run, "0.85 to 1.15")
 
 
 def compare_pairs(short: bool) -> None:
     """Runs that differ in one setting."""
-    runs, plain = Runs(short), {"ema__enabled": False, "logging__tracker": None}
+    plain = {"ema__enabled": False, "logging__tracker": None}
     head("peak memory")
 
     def compare(what: str, one: float, other: float, *limit: str) -> None:
@@ -134,18 +126,20 @@ def compare_pairs(short: bool) -> None:
 
     if not short:
         unet, batch, micro = unet_config(), 256, 32
-        small, _ = runs.peak(config_file("small", unet, 4, 1, MICRO_STEPS, images=256, **plain))
-        large, _ = runs.peak(
-            config_file("large", unet, 4, batch // 4, -(-4 * MICRO_STEPS // batch), images=256, **plain)
+        small, _ = peak(short, config_file("small", unet, 4, 1, MICRO_STEPS, images=256, **plain))
+        large, _ = peak(
+            short, config_file("large", unet, 4, batch // 4, -(-4 * MICRO_STEPS // batch), images=256, **plain)
         )
         compare(f"global batch {batch} over 4, micro-batches of 4", large, small, "1.05")
-        kept, _ = runs.peak(config_file("kept", unet, micro, 1, 5, **plain))
-        again, _ = runs.peak(config_file("recomputed", unet, micro, 1, 5, model__gradient_checkpointing=True, **plain))
+        kept, _ = peak(short, config_file("kept", unet, micro, 1, 5, **plain))
+        again, _ = peak(
+            short, config_file("recomputed", unet, micro, 1, 5, model__gradient_checkpointing=True, **plain)
+        )
         compare(f"gradient_checkpointing, micro-batch of {micro}", again, kept)
     unet, found = unet_config((8, 16), 8) if short else unet_config((128, 256, 352), 8), []
     for name, every in (("saved", 1), ("unsaved", 1000)):
         file = config_file(name, unet, 1, 1, 1000, images=8, checkpoint__every_steps=every, **plain)
-        found.append(runs.peak(file, log=Path(FOLDER.name, name, "metrics.jsonl"), lines=3)[0])
+        found.append(peak(short, file, log=Path(FOLDER.name, name, "metrics.jsonl"), lines=3)[0])
     compare("saves, or none", *found)
 
 

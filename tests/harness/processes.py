@@ -113,6 +113,12 @@ class Training:
     def kill(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def end(self) -> None:
+        """Kill it if it still runs, and wait until it is gone."""
+        if self.poll() is None:
+            self.kill(signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
     def printed(self) -> str:
         """Standard output so far."""
         return self.files[0].read_text()
@@ -129,8 +135,7 @@ class Training:
         end = time.monotonic() + seconds
         while (code := self.poll()) is None:
             if time.monotonic() > end:
-                self.kill(signal.SIGKILL)
-                os.waitpid(self.pid, 0)
+                self.end()
                 raise TimeoutError(
                     f"{self.script.name} did not end in {seconds} s: {self.files[1].read_text()[-2000:]}"
                 )

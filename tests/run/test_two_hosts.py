@@ -1,6 +1,5 @@
 """Two hosts with a cable between them: the same run as on one, stopped, killed, cut off and resumed."""
 
-import os
 import signal
 import sys
 import time
@@ -49,8 +48,7 @@ def ended(trainings, seconds=60):
 
 def kill(trainings):
     for training in trainings:
-        training.kill(signal.SIGKILL)
-        os.waitpid(training.pid, 0)
+        training.end()
 
 
 def finished(hosts, *command, folder, before=nothing):
