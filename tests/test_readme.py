@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from fnmatch import fnmatch
 
 import pytest
 import yaml
 
 from finetune.config.load import load_config
 from finetune.models.load import outline_kind
+from finetune.run.board import PLACES, place
 from harness.configs import ROOT, write_config
 
 README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
@@ -94,6 +96,20 @@ def test_architecture_names_every_file():
         if file.stem != "__init__":
             found.setdefault(file.parent.name, []).append(file.stem)
     assert listed == {folder: sorted(files) for folder, files in found.items()}
+
+
+def test_the_table_of_curves_says_where_tensorboard_shows_each():
+    names, charts = set(), []
+    rows = re.findall(r"^\|(.*)\|(.*)\|(.*)\|.*\|$", README.partition("| chart | run |")[2], re.MULTILINE)
+    for cells in rows[1:]:  # the first is the line below the head
+        named, runs, scalars = (re.findall(r"`(.+?)`", cell) for cell in cells)
+        charts = named or charts  # an empty cell means the chart above
+        for scalar in scalars:
+            run, tag = place(scalar)
+            assert run in runs, scalar
+            assert any(fnmatch(tag, chart) for chart in charts), scalar
+        names.update(scalars)
+    assert names == {*PLACES, "train/loss_by_timestep/*", "validation/loss_by_timestep/*", "time/*"}
 
 
 def test_readme_config_is_valid(tmp_path):
