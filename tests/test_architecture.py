@@ -68,11 +68,25 @@ def reads_of_a_networks_config(file):
     ]
 
 
+FILES = [*(ROOT / PACKAGE).rglob("*.py"), ROOT / "train.py"]
+
+
 def test_only_models_read_the_config_of_a_network():
     """A latent model's 4 input channels are not a picture's: what the data has to know is the kind's `image_format`."""
-    files = [*(ROOT / PACKAGE).rglob("*.py"), ROOT / "train.py"]
-    readers = {file.parent.name for file in files if reads_of_a_networks_config(file)}
+    readers = {file.parent.name for file in FILES if reads_of_a_networks_config(file)}
     assert readers == {"models"}
+
+
+def test_a_network_is_called_by_the_loop_its_kind_and_one_function():
+    """Calls like `unet(x, t, **conditions).sample`: whoever leaves out the conditions judges another network."""
+    callers = {
+        file.relative_to(ROOT).as_posix()
+        for file in FILES
+        if file.parent.name != "models"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "sample" and isinstance(node.value, ast.Call)
+    }
+    assert callers == {"train.py", "finetune/core/kind.py"}
 
 
 @pytest.mark.parametrize(

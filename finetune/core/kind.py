@@ -23,6 +23,20 @@ Arguments = dict[str, Any]  # a network's arguments by name: tensors, or mapping
 Fields = dict[str, tuple[int, ...]]  # tensors by name, with the shape of one entry
 
 
+def predict(
+    network: torch.nn.Module, noisy_images: torch.Tensor, timesteps: torch.Tensor, conditions: Arguments
+) -> torch.Tensor:
+    """The network's output, (b, C, H, W) as its input.
+
+    Args:
+        network: of a kind of model: the one that is trained, a copy, or a wrapper around one of them.
+        timesteps: int64 (b,), or one for all.
+        conditions: its other arguments, from `Kind.inputs` or `Kind.conditions`.
+    """
+    output: torch.Tensor = network(noisy_images, timesteps, **conditions).sample
+    return output
+
+
 class ImageFormat(NamedTuple):
     """The pictures that a model is trained on."""
 

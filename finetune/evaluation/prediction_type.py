@@ -14,6 +14,7 @@ from finetune.core.kind import Kind
 from finetune.core.randomness import noise
 from finetune.data.batches import Batches
 from finetune.evaluation.rounds import chunks, evaluating
+from finetune.evaluation.validation import predict_noised
 
 LEVELS = 0.05, 0.02, 0.01, 0.005  # a^2, the signal's share of the variance, at the timesteps that are looked at
 DRAWS = 16
@@ -55,10 +56,7 @@ def readings(kind: Kind, examples: Batches, seed: int, device: torch.device) -> 
             timesteps = torch.tensor([steps[draw % len(steps)] for draw in draws])
             batch = {"noise": drawn, "timesteps": timesteps}
             batch |= examples.shown([draw % len(examples) for draw in draws], False)
-            clean, conditions = kind.inputs({name: tensor.to(device) for name, tensor in batch.items()})
-            drawn, timesteps = drawn.to(device), timesteps.to(device)
-            noisy = kind.noise_scheduler.add_noise(clean, drawn, timesteps)
-            output = kind.network(noisy, timesteps, **conditions).sample
+            clean, drawn, timesteps, _, output = predict_noised(kind, batch, device)
             velocity = kind.noise_scheduler.get_velocity(clean, drawn, timesteps)
             sums += (
                 torch.stack(

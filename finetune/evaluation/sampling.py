@@ -12,7 +12,7 @@ from finetune.config.fields import short
 from finetune.config.outputs import SamplesConfig
 from finetune.core.errors import UserError, first_line
 from finetune.core.groups import summed
-from finetune.core.kind import Kind
+from finetune.core.kind import Kind, predict
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
 from finetune.data.pixels import Pixels
@@ -186,9 +186,9 @@ def _guided(
     the network as one batch.
     """
     if guidance_scale == 1:
-        return kind.network(x, timestep, **kind.conditions(names, x.device, shape)).sample
+        return predict(kind.network, x, timestep, kind.conditions(names, x.device, shape))
     conditions = kind.conditions([*names, *[negative] * len(names)], x.device, shape)
-    with_condition, without = kind.network(torch.cat([x, x]), timestep, **conditions).sample.chunk(2)
+    with_condition, without = predict(kind.network, torch.cat([x, x]), timestep, conditions).chunk(2)
     return without + guidance_scale * (with_condition - without)
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from finetune.core.groups import summed
-from finetune.core.kind import Kind
+from finetune.core.kind import Batch, Kind, predict
 from finetune.core.randomness import noise
 from finetune.data.batches import Batches
 from finetune.data.pixels import Pixels
@@ -25,6 +25,15 @@ class Prediction(NamedTuple):
     timesteps: torch.Tensor
     noisy: torch.Tensor
     output: torch.Tensor
+
+
+def predict_noised(kind: Kind, batch: Batch, device: torch.device) -> Prediction:
+    """Noise what a batch holds, on a device, and have the network predict from it."""
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    drawn, timesteps = batch["noise"], batch["timesteps"]
+    clean, conditions = kind.inputs(batch)
+    noisy = kind.noise_scheduler.add_noise(clean, drawn, timesteps)
+    return Prediction(clean, drawn, timesteps, noisy, predict(kind.network, noisy, timesteps, conditions))
 
 
 class Validation:
@@ -95,9 +104,4 @@ class Validation:
         shape = self.examples.shape(shown[0])
         drawn = torch.stack([noise(self.seed, 0, draw, shape, "validation") for draw in draws])
         batch = {"noise": drawn, "timesteps": torch.from_numpy(timesteps)}
-        batch |= self.examples.shown(shown, dropped)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        clean, conditions = self.kind.inputs(batch)
-        noisy = self.kind.noise_scheduler.add_noise(clean, batch["noise"], batch["timesteps"])
-        output = self.kind.network(noisy, batch["timesteps"], **conditions).sample
-        return Prediction(clean, batch["noise"], batch["timesteps"], noisy, output)
+        return predict_noised(self.kind, batch | self.examples.shown(shown, dropped), device)

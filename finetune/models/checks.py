@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, ModelMixin
 
 from finetune.core.errors import UserError, first_line
 from finetune.core.failures import is_out_of_memory
-from finetune.core.kind import Arguments
+from finetune.core.kind import Arguments, predict
 
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 
@@ -70,7 +70,7 @@ def check_forward(shapes: ModelMixin, clean: torch.Tensor, conditions: Arguments
     """
     with torch.device("meta"):
         try:
-            output = shapes(clean, torch.zeros(len(clean), dtype=torch.long), **conditions).sample
+            output = predict(shapes, clean, torch.zeros(len(clean), dtype=torch.long), conditions)
         except Exception as error:  # whatever a block does with a tensor that it was not made for
             raise UserError(f"{problem}: {first_line(error)}") from error
     if output.shape != clean.shape:
@@ -89,7 +89,7 @@ def check_finite(
     last = noise_scheduler.config.num_train_timesteps - 1
     network.eval()
     try:
-        output = network(clean, torch.tensor([0, last]), **conditions).sample
+        output = predict(network, clean, torch.tensor([0, last]), conditions)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -8,7 +8,7 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.core.kind import Kind
+from finetune.core.kind import Kind, predict
 from finetune.core.shapes import Shape
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +52,7 @@ def _flops(kind: Kind, shape: Shape) -> int:
     with torch.device("meta"):
         clean, conditions = kind.inputs(_example(kind, shape))
         with FlopCounterMode(display=False) as counter:
-            network(clean, torch.zeros(1, dtype=torch.long), **conditions).sample.sum().backward()
+            predict(network, clean, torch.zeros(1, dtype=torch.long), conditions).sum().backward()
     return counter.get_total_flops()
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from finetune.core.distributed import all_agree, printed_once, say
 from finetune.core.errors import UserError, first_line
-from finetune.core.kind import Kind
+from finetune.core.kind import Kind, predict
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
 
@@ -194,7 +194,7 @@ def _loss(
     timesteps = torch.tensor([(2 * index + 1) * steps // (2 * count) for index in images], device=device)
     noisy = kind.noise_scheduler.add_noise(clean, drawn, timesteps).to(dtype)
     conditions = recursively_apply(lambda value: value.to(dtype) if value.is_floating_point() else value, conditions)
-    prediction = network(noisy, timesteps, **conditions).sample
+    prediction = predict(network, noisy, timesteps, conditions)
     return (prediction - drawn.to(dtype)).square().mean() * (len(images) / count)
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from finetune.core.kind import Arguments, Kind
+from finetune.core.kind import Arguments, Kind, predict
 from finetune.core.sharding import is_sharded, local
 
 
@@ -19,7 +19,7 @@ def forward(kind: Kind, count: int) -> torch.Tensor:
     """The network's output for `count` blank images at timestep 0."""
     clean, conditions = inputs(kind, count)
     timesteps = torch.zeros(count, dtype=torch.long, device=clean.device)
-    return kind.network(clean, timesteps, **conditions).sample
+    return predict(kind.network, clean, timesteps, conditions)
 
 
 @contextmanager
