@@ -128,7 +128,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     check_compiled(accelerator, unet, kind, layout.micro_batch_size)
 
     # From here on files are written.
-    run = start_run(start, config, accelerator, kind, optimizer, ema, evaluations, sampler)
+    run = start_run(start, config, accelerator, kind, optimizer, ema, evaluations, batches, sampler)
     set_hyperparameters(optimizer, config.optimizer)
     lr_scheduler = make_lr_scheduler(optimizer, config.lr_scheduler, run.length.total_steps, run.state.updates)
 

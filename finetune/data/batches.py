@@ -1,6 +1,7 @@
 """The micro-batches that the loop is fed. What one holds depends on its slots alone, not on who reads it."""
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
@@ -55,16 +56,26 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
                 channels = (shape[0], 1, 1)
                 offset = randomness.noise(self.seed, slot.epoch, slot.position, channels, "noise offset")
                 noise[place] += self.noise_offset * offset
-        places, drawn = [slot.position for slot in slots], (self.num_train_timesteps, self.timestep_sampling)
-        timesteps = randomness.timesteps(self.seed, slots[0].epoch, places, *drawn)
+        epoch, positions = slots[0].epoch, [slot.position for slot in slots]
+        dropped = self.dropped(epoch, positions)
         return {
             **self.content(slots),
             "noise": noise,
-            "timesteps": torch.from_numpy(timesteps),
+            "timesteps": torch.from_numpy(self.timesteps(epoch, positions)),
             "weights": torch.tensor([slot.weight for slot in slots]),
             **self.conditions(slots),
-            **self._dropped(slots),
+            **({} if dropped is None else {"dropped": torch.from_numpy(dropped)}),
         }
+
+    def timesteps(self, epoch: int, positions: randomness.Positions) -> npt.NDArray[np.int64]:
+        """The timesteps that the images at n positions of an epoch are trained at, (n,)."""
+        return randomness.timesteps(self.seed, epoch, positions, self.num_train_timesteps, self.timestep_sampling)
+
+    def dropped(self, epoch: int, positions: randomness.Positions) -> npt.NDArray[np.bool_] | None:
+        """Which images at n positions of an epoch are trained without their condition, (n,); None if none has one."""
+        if not self.conditional:
+            return None
+        return randomness.conditions_dropped(self.seed, epoch, positions, self.condition_dropout)
 
     def shown(self, images: list[int], dropped: bool) -> dict[str, torch.Tensor]:
         """Images without augmentation, with their conditions or without: a batch but for noise, timesteps, weights."""
@@ -96,13 +107,6 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         if self.labels is None:
             return {}
         return {"labels": torch.from_numpy(self.labels[[slot.image for slot in slots]])}
-
-    def _dropped(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
-        if not self.conditional:
-            return {}
-        places = [slot.position for slot in slots]
-        dropped = randomness.conditions_dropped(self.seed, slots[0].epoch, places, self.condition_dropout)
-        return {"dropped": torch.from_numpy(dropped)}
 
     def flipped(self, slot: Slot) -> bool:
         """Whether the image of a slot is mirrored."""

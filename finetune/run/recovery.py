@@ -33,10 +33,11 @@ def check_finite(run: Run, result: WindowResult) -> None:
     (epoch, _), positions = run.place, np.array(run.positions)
     bad = positions if finite_losses else positions[~np.isfinite(result.losses)]
     images = run.sampler.order.images(epoch, bad).tolist()
+    timesteps = run.examples.timesteps(epoch, bad).tolist()
     again = f", {run.state.skipped_in_a_row + 1} updates in a row" if tolerated else ""
     problem = (
         f"step {run.state.step + 1}: found loss {result.losses.mean()}, gradient norm {result.grad_norm}{again}, "
-        f"expected finite ones; images {images} at timesteps {run.timesteps(epoch, bad).tolist()}. Nothing was "
+        f"expected finite ones; images {images} at timesteps {timesteps}. Nothing was "
         "updated and the last checkpoint is complete: lower optimizer.learning_rate, look at these images, or set "
         "training.nonfinite_loss=skip"
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
@@ -15,9 +14,9 @@ from diffusers.training_utils import EMAModel
 from finetune.config.schema import Config
 from finetune.core.distributed import wait_for_all
 from finetune.core.kind import Kind
-from finetune.core.randomness import conditions_dropped, timesteps
 from finetune.core.sharding import gathered, is_sharded
 from finetune.core.stopping import StopRequest, prevent_restart
+from finetune.data.batches import Batches
 from finetune.data.order import WindowSampler
 from finetune.evaluation import pictures
 from finetune.models import hub
@@ -43,6 +42,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     ema: EMAModel | None
     evaluator: Evaluator
+    examples: Batches  # of the training images; knows what was drawn for each
     sampler: WindowSampler
     length: Length
     identity: dict[str, Any]
@@ -76,18 +76,6 @@ class Run:
     def positions(self) -> range:
         """The next window's positions in its epoch's order."""
         return self.length.positions(self.state.step)
-
-    def timesteps(self, epoch: int, positions: npt.NDArray[np.int64] | range) -> npt.NDArray[np.int64]:
-        """The timesteps that images at these positions are trained at."""
-        steps, sampling = self.kind.noise_scheduler.config.num_train_timesteps, self.config.training.timestep_sampling
-        return timesteps(self.config.seed, epoch, positions, steps, sampling)
-
-    def dropped(self, epoch: int, positions: range) -> npt.NDArray[np.int64] | None:
-        """1 for images at these positions that are trained without their condition, else 0; None for unconditional."""
-        if not self.kind.conditional:
-            return None
-        seed, probability = self.config.seed, self.config.training.condition_dropout
-        return conditions_dropped(seed, epoch, positions, probability).astype(np.int64)
 
     def batches(self, loader: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         """This process's micro-batches, epoch after epoch, from where the run is until it is done."""
@@ -125,10 +113,8 @@ class Run:
         scalars["train/images_per_second"] = len(positions) / seconds
         scalars |= {f"time/{phase}": spent for phase, spent in phases.items()}
         if np.isfinite(result.losses).all():
-            drawn = self.timesteps(epoch, positions)
-            steps = self.kind.noise_scheduler.config.num_train_timesteps
-            groups = self.dropped(epoch, positions)
-            scalars |= self.meters.add_window(result, drawn, steps, groups)
+            timesteps, dropped = self.examples.timesteps(epoch, positions), self.examples.dropped(epoch, positions)
+            scalars |= self.meters.add_window(result, timesteps, self.examples.num_train_timesteps, dropped)
         if self.state.skipped:
             scalars["train/skipped_updates"] = self.state.skipped
         ended = self.state.step % self.length.steps_per_epoch == 0 or self.done

@@ -15,6 +15,7 @@ from finetune.core.files import atomic
 from finetune.core.kind import Kind
 from finetune.core.sharding import is_sharded
 from finetune.core.stopping import StopCheck, StopRequest
+from finetune.data.batches import Batches
 from finetune.data.order import WindowSampler
 from finetune.evaluation.evaluations import Evaluations
 from finetune.run import checkpoint, shards
@@ -36,6 +37,7 @@ def start_run(
     optimizer: torch.optim.Optimizer,
     ema: EMAModel | None,
     evaluations: Evaluations,
+    examples: Batches,
     sampler: WindowSampler,
 ) -> Run:
     """Lock the output folder, load the checkpoint that was found, and open the report. Called by all processes.
@@ -73,6 +75,7 @@ def start_run(
         optimizer=optimizer,
         ema=ema,
         evaluator=Evaluator(config, accelerator, kind, ema, evaluations, check_stop, report),
+        examples=examples,
         sampler=sampler,
         length=start.length,
         identity=start.identity,
