@@ -159,7 +159,8 @@ def meanings() -> dict[str, dict[str, str]]:
         if isinstance(node, ast.ClassDef):
             for key, text in zip(node.body, node.body[1:], strict=False):
                 if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr):
-                    found.setdefault(node.name, {})[key.target.id] = text.value.value
+                    # A table's row is one line; what code indents is not part of the text.
+                    found.setdefault(node.name, {})[key.target.id] = " ".join(text.value.value.split())
     return found
 
 

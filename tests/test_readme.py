@@ -187,6 +187,20 @@ def test_networks_of_the_reference_are_built(tmp_path):
         assert found / 1e6 == pytest.approx(float(millions), abs=0.5)
 
 
+def test_the_reference_has_a_row_for_each_key():
+    """A row of a Markdown table is one line: one that is broken ends the table."""
+
+    def keys(settings, path=""):
+        for key, inner in settings.items():
+            yield from keys(inner, f"{path}{key}.") if isinstance(inner, dict) and inner else [path + key]
+
+    lines = (ROOT / "docs/config.md").read_text().splitlines()
+    rows = [line for line in lines if re.fullmatch(r"\| `[\w.]+` \|( [^|]+ \|){3}", line)]
+    config = load_config(ROOT / "configs/digits.yaml").model_dump()
+    assert {*keys(config | {"model": config["model"] | {"noise_scheduler": {}}})} <= {row.split("`")[1] for row in rows}
+    assert not [line for line in lines if line.startswith("    ") and line.endswith("|")]
+
+
 @pytest.mark.slow
 def test_config_reference_is_current(checkout):
     output(REFERENCE, checkout)

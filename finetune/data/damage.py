@@ -19,22 +19,27 @@ def is_pointer(source: bytes | str) -> bool:
     """Whether bytes, or the file at a path, are a pointer that git-lfs has not yet replaced by the file itself."""
     if isinstance(source, bytes):
         return source.startswith(POINTER)
-    if not os.path.isfile(source):
+    if not os.path.isfile(source) or _is_locked(source):  # whoever reads it next says so
         return False
     with open(source, "rb") as file:
         return file.read(len(POINTER)) == POINTER
 
 
+def _is_locked(file: str) -> bool:
+    return not os.access(file, os.R_OK)
+
+
 def check_files(files: Iterable[str]) -> None:
-    """Raises UserError if any of the files is a git-lfs pointer or empty."""
+    """Raises UserError if any of the files may not be read, is a git-lfs pointer or is empty."""
     files = list(files)
     for problem, advice, wrong in (
-        ("a git-lfs pointer instead of the file", "run `git lfs pull` in its repository", is_pointer),
+        ("no permission to read a file", "change its permissions, or leave it out", _is_locked),
+        ("a git-lfs pointer instead of a file", "run `git lfs pull` in its repository", is_pointer),
         ("an empty file", "copy or download it again, or remove it", lambda file: os.path.getsize(file) == 0),
     ):
         if found := [file for file in files if wrong(file)]:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise UserError(f"data.source: found {problem} in {found[0]}{more}; {advice}")
+            raise UserError(f"data.source: found {problem}: {found[0]}{more}; {advice}")
 
 
 def check_metadata(file: str) -> None:

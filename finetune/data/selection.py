@@ -105,10 +105,12 @@ def _image_column(dataset: datasets.Dataset, config: DataConfig) -> str:
 
 
 def _no_column(key: str, found: str, dataset: datasets.Dataset, source: str) -> str:
-    columns = [
-        f"{name} (pictures)" if isinstance(kind, datasets.Image) else name for name, kind in dataset.features.items()
-    ]
-    return f"{key}: found {found!r}; expected a column of {source}, which has {', '.join(columns)}"
+    return f"{key}: found {found!r}; expected a column of {source}, which has {_columns(dataset)}"
+
+
+def _columns(dataset: datasets.Dataset) -> str:
+    columns = dataset.features.items()
+    return ", ".join(f"{name} (pictures)" if isinstance(kind, datasets.Image) else name for name, kind in columns)
 
 
 def _labels(dataset: datasets.Dataset, config: DataConfig) -> tuple[np.ndarray | None, list[str] | None]:
@@ -131,8 +133,13 @@ def _labels(dataset: datasets.Dataset, config: DataConfig) -> tuple[np.ndarray |
                 f"{len(names)} named classes, 0 to {len(names) - 1}"
             )
         return labels, names
-    if required and kind is None:
+    if kind is None and config.label_column:
         raise UserError(_no_column("data.label_column", column, dataset, config.source))
+    if kind is None and config.labels:
+        raise UserError(
+            f"data.labels: found {list(config.labels)}, but {config.source} has no column {column!r}, only "
+            f"{_columns(dataset)}; set data.label_column to the labels, or data.labels=null to train on all images"
+        )
     if required:
         raise UserError(
             f"data.label_column: found {column!r}, which holds {kind}; expected class labels, integers or texts"

@@ -93,6 +93,8 @@ def _explanation(error: BaseException) -> str:
         return f"no such folder or file here, nor on the hub ({detail}); {EXPECTED}"
     if isinstance(error, ConnectionError):
         return f"no such folder or file here, and the hub cannot be reached ({detail}): check the name and the network"
+    if isinstance(error, PermissionError) and not str(error.filename).startswith(str(cache)):
+        return f"{error.filename} cannot be read ({error.strerror}); change its permissions, or leave it out"
     if isinstance(error, UnicodeEncodeError):  # of an archive's member, as Python holds it
         return f"found the name {os.fsencode(error.object)!r}, expected one in UTF-8; rename it"
     if "Config name is missing" in detail:

@@ -71,7 +71,7 @@ def test_a_file_that_is_a_git_lfs_pointer_is_named(tmp_path, pointer, source):
         write_files(tmp_path, "a.png")
     (tmp_path / pointer).write_bytes(POINTER)
     assert problems(tmp_path / source) == [
-        f"data.source: found a git-lfs pointer instead of the file in {tmp_path / pointer}; run `git lfs pull` in its "
+        f"data.source: found a git-lfs pointer instead of a file: {tmp_path / pointer}; run `git lfs pull` in its "
         "repository"
     ]
 
@@ -79,14 +79,14 @@ def test_a_file_that_is_a_git_lfs_pointer_is_named(tmp_path, pointer, source):
 def test_several_git_lfs_pointers_are_counted(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.parquet").write_bytes(POINTER)
-    assert f"in {tmp_path}/a.parquet and 2 more; run `git lfs pull`" in problems(tmp_path)[0]
+    assert f": {tmp_path}/a.parquet and 2 more; run `git lfs pull`" in problems(tmp_path)[0]
 
 
 def test_a_saved_dataset_of_git_lfs_pointers_is_named(tmp_path):
     datasets.Dataset(table()).save_to_disk(tmp_path / "x")
     (arrow,) = (tmp_path / "x").glob("*.arrow")
     arrow.write_bytes(POINTER)
-    assert f"found a git-lfs pointer instead of the file in {arrow}" in problems(tmp_path / "x")[0]
+    assert f"found a git-lfs pointer instead of a file: {arrow}" in problems(tmp_path / "x")[0]
 
 
 @pytest.mark.parametrize("alike", [0, 1, 6])  # `datasets` looks at the first five rows
@@ -207,7 +207,7 @@ def test_the_damaged_one_of_several_files_is_named(tmp_path, kind, caplog):
     assert caplog.records == []  # nothing is logged beside the error
     (tmp_path / f"b.{kind}").write_bytes(b"")
     assert problems(tmp_path) == [
-        f"data.source: found an empty file in {tmp_path}/b.{kind}; copy or download it again, or remove it"
+        f"data.source: found an empty file: {tmp_path}/b.{kind}; copy or download it again, or remove it"
     ]
 
 

@@ -3,6 +3,7 @@
 import os
 import socket
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -104,6 +105,40 @@ def test_links_in_circles_are_followed_once(tmp_path):
         "d.png: does not exist",
     ]
     assert len(load(tmp_path, on_bad_image="skip")) == 2
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """Files that may not be read, by name; a mode of 000 does not keep root out."""
+    names = set()
+    opened, allowed = open, os.access
+
+    def refuse(file, *arguments, **options):
+        if os.path.basename(str(file)) in names:
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(os, "access", lambda file, mode: os.path.basename(file) not in names and allowed(file, mode))
+    return names
+
+
+def test_a_picture_that_may_not_be_read_is_a_bad_one(tmp_path, locked):
+    write_files(tmp_path, "a.png", "b.png", "c.png")
+    locked.add("b.png")
+    assert problems(tmp_path)[1:] == ["b.png: cannot be read: Permission denied"]
+    assert len(load(tmp_path, on_bad_image="skip")) == 2
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "metadata.csv"])
+def test_another_file_that_may_not_be_read_is_named(tmp_path, locked, name):
+    write_files(tmp_path, *(["a.png"] if name == "metadata.csv" else []))
+    datasets.Dataset.from_dict({"file_name": ["a.png"]}).to_parquet(tmp_path / name)
+    locked.add(name)
+    (problem,) = problems(tmp_path)
+    assert f"{tmp_path / name}" in problem
+    assert "permission" in problem.lower()
+    assert problem.endswith("; change its permissions, or leave it out")
 
 
 def test_names_of_two_lines_stay_on_one(tmp_path):

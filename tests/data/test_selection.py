@@ -112,7 +112,17 @@ def test_unknown_labels_are_refused_with_a_list_of_the_known_ones():
     )
     assert problem(dataset(list(range(30))), labels=[99]).endswith("17, 18, 19, ...")
     without = {"train": splits["train"].remove_columns("label")}
-    assert problem(without, labels=[0]).startswith("data.label_column: found 'label'; expected a column of photos")
+    assert problem(without, label_column="label") == (
+        "data.label_column: found 'label'; expected a column of photos, which has image (pictures)"
+    )
+
+
+def test_labels_without_a_column_of_them_are_refused_by_the_key_that_was_set():
+    without = {"train": dataset([0, 0], CLASSES)["train"].remove_columns("label")}
+    assert problem(without, labels=[0, 1]) == (
+        "data.labels: found [0, 1], but photos has no column 'label', only image (pictures); set data.label_column to "
+        "the labels, or data.labels=null to train on all images"
+    )
 
 
 def test_splits_and_slices_of_them():
