@@ -17,6 +17,6 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error message, at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    """The first line of a library's error message, cut to at most 200 characters."""
+    first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+    return first if len(first) <= 200 else f"{first[:197]}..."

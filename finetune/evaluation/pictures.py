@@ -181,7 +181,7 @@ def loss_curve(history: list[dict[str, Any]], file: Path, steps_per_epoch: int) 
             {"color": "tab:red", "marker": "D", "linewidth": 1.5},
         ),
         "validation/loss_base": (
-            "validation, pretrained model",
+            "validation, before the first update",
             {"color": "gray", "linestyle": "--", "linewidth": 1.0},
         ),
     }

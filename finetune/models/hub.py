@@ -19,7 +19,7 @@ from huggingface_hub import (
     snapshot_download,
     upload_folder,
 )
-from huggingface_hub.errors import CachedRepoTreeNotFoundError
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
 from finetune.core.errors import UserError, first_line
 from finetune.core.files import permit, writing
@@ -62,7 +62,12 @@ def pipeline_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[glob.escape(file) for file in _files_to_load(name)]))
     except UserError:
         raise
-    except Exception as error:  # the hub's client raises a dozen, from a malformed id to no route to the host
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"model.pretrained: {name!r} is not a local folder, and the hub cannot be reached; give the folder of a "
+            "pipeline, or check the connection"
+        ) from error
+    except Exception as error:  # the hub's client raises a dozen, from a malformed id to no access
         raise UserError(
             f"model.pretrained: {name!r} is not a local folder, and the download failed ({first_line(error)}); give "
             "the folder of a pipeline or a hub id, and check the connection and the login"

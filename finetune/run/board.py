@@ -44,7 +44,7 @@ DESCRIPTIONS = {
     "loss": "Mean squared error of the prediction (no unit). **train**: corrected for which timesteps were drawn, and "
     "averaged over recent updates. **validation**: held-out images at fixed noise and timesteps. **validation_ema**: "
     "the same with the averaged weights, which are the ones exported. **validation_unconditional**: without the "
-    "images' classes or captions. **validation_base**: of the pretrained model. The curves need no more smoothing: set "
+    "images' classes or captions. **validation_base**: before the first update. The curves need no more smoothing: set "
     "the slider under *Smoothing* to 0.",
     "loss/each_update": "Mean squared error over the images of one update, on all processes (no unit). Most of its "
     "scatter comes from which timesteps were drawn: set the slider under *Smoothing* to 0.9 or more, or read `loss`.",

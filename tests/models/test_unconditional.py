@@ -260,7 +260,7 @@ def test_a_folder_without_a_valid_pipeline_is_refused(celebahq, tmp_path, damage
 
 
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused():
-    with pytest.raises(UserError, match="'nobody/nothing' is not a local folder, and the download failed"):
+    with pytest.raises(UserError, match="'nobody/nothing' is not a local folder, and the hub cannot be reached"):
         load(pretrained="nobody/nothing")
 
 
