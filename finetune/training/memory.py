@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 
 from finetune.core.batch import BatchLayout
-from finetune.core.distributed import all_agree, together
+from finetune.core.distributed import all_agree, printed_once, together
 from finetune.core.errors import UserError
 from finetune.core.failures import is_out_of_memory
 from finetune.core.hosts import processes_here
@@ -211,7 +211,7 @@ def largest_layout(accelerator: Accelerator, kind: Kind, layout: BatchLayout, av
         layout: the largest to be tried.
 
     Raises:
-        UserError: if not even single images fit.
+        UserError: on all processes, if not even single images fit.
     """
     trials, found = Trials(accelerator, kind, processes_here(), averaged), None
     for candidate in reversed(layout.smaller()):
@@ -220,10 +220,8 @@ def largest_layout(accelerator: Accelerator, kind: Kind, layout: BatchLayout, av
             break
         found = candidate
     if found is None:
-        raise UserError(
-            f"training.micro_batch_size: auto: not even single images fit into the memory of {accelerator.device}; use "
-            f"{LESS_PER_IMAGE}"
-        )
+        problem = f"not even single images fit into the memory of {accelerator.device}; use {LESS_PER_IMAGE}"
+        raise printed_once(UserError(f"training.micro_batch_size: auto: {problem}"))
     return found
 
 
