@@ -1,5 +1,7 @@
 """Encodings: made once, kept by what they were made from, shared, resumed, and drawn from as their keys say."""
 
+import os
+import time
 from types import SimpleNamespace
 
 import datasets
@@ -232,6 +234,21 @@ def test_a_damaged_piece_is_made_again(accelerator):
         assert len(find().missing_images) == 5
         assert len(made(accelerator).posteriors[Shape(4, 4)].places) == 5
         assert file.read_bytes() == content
+
+
+def test_what_a_killed_process_left_is_deleted_after_a_day_and_what_another_one_writes_stays(accelerator):
+    """Whether it is of this host or not, by safetensors or by us. Entries are not removed, however old."""
+    folder, now = made(accelerator).embeddings.folder, time.time()
+    (piece,) = folder.iterdir()
+    names = [".tmpA3bX9z", f".{piece.name}.{os.getpid()}", f".{piece.name}.4194305", f".{piece.name}.{'ab' * 16}"]
+    for name, age in [(name + more, age) for name in names for more, age in (("-new", 80_000), ("-old", 90_000))]:
+        (folder / name).touch()
+        os.utime(folder / name, (now - age, now - age))
+    os.utime(piece, (0, 0))
+    made(accelerator, prompts=["another"])
+    left = {file.name for file in folder.iterdir()}
+    assert {name for name in left if name.startswith(".")} == {f"{name}-new" for name in names}
+    assert len(left) == len(names) + 2
 
 
 def test_pieces_have_the_permissions_of_new_files(accelerator, tmp_path):
