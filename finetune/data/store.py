@@ -8,8 +8,8 @@ import hashlib
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,24 @@ _ABANDONED = 24 * 3600.0  # seconds after which nobody still writes a piece, whi
 def key(text: str) -> bytes:
     """16 bytes that stand for a text."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failure to write a folder of the cache into one line that names it.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"encodings: {folder}: cannot be written ({reason}); free some space, or set HF_DATASETS_CACHE to a larger "
+            "disk, and run the same command again: what is encoded stays",
+            exit_code=1,
+        ) from error
 
 
 class Store:
@@ -98,23 +116,17 @@ class Store:
         file = self.folder / f"{hashlib.blake2b(b''.join(keys), digest_size=8).hexdigest()}.safetensors"
         partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
         table = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial.touch()
-            self._remove_leftovers(partial.stat().st_mtime)
-            tensors = {name: entries[name].contiguous() for name in self.fields}
-            save_file({"keys": torch.from_numpy(table.copy()), **tensors}, partial)
-            permit([partial])
-            os.replace(partial, file)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise UserError(
-                f"encodings: {self.folder}: cannot be written ({reason}); free some space, or set HF_DATASETS_CACHE to "
-                "a larger disk, and run the same command again: what is encoded stays",
-                exit_code=1,
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with writing(self.folder):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                partial.touch()
+                self._remove_leftovers(partial.stat().st_mtime)
+                tensors = {name: entries[name].contiguous() for name in self.fields}
+                save_file({"keys": torch.from_numpy(table.copy()), **tensors}, partial)
+                permit([partial])
+                os.replace(partial, file)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def _remove_leftovers(self, now: float) -> None:
         """Delete what killed processes left half-written, safetensors' own temporary files among it.
