@@ -72,7 +72,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
             project_dir=config.output_dir,
             **accelerator_options(),
         )
-    check_launch(accelerator, layout.gradient_accumulation_steps, config.logging.tracker)
+    together(lambda: check_launch(accelerator, layout.gradient_accumulation_steps, config.logging.tracker))
     check_sharding(accelerator, training.shard)
     use_available_cores(accelerator)
 
@@ -104,9 +104,9 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     start = find_start(config, accelerator, kind, layout, len(train_images), train_images.fingerprint)
 
     # The plan.
-    flops, counts = flops_per_image(kind, train_images.shapes), (len(train_images), len(held_out or ()))
-    notes, dealt = data_notes(kind, train_images, held_out, encodings), shapes_note(train_images.shapes, sampler)
-    say(plan(config, accelerator, layout, kind, *counts, notes, flops, dealt))
+    data, counts = (train_images, held_out, encodings), (len(train_images), len(held_out or ()))
+    flops, note = flops_per_image(kind, train_images.shapes), shapes_note(train_images.shapes, sampler)
+    say(on_main_process(lambda: plan(config, accelerator, layout, kind, *counts, data_notes(kind, *data), flops, note)))
 
     # Encoded once, before training; a check encodes no more than what the network is judged by.
     if encodings is not None:

@@ -1,6 +1,10 @@
-"""Who may import whom: folders are floors, and a module imports from lower floors or from its own folder only."""
+"""Who may import whom: folders are floors, and a module imports from lower floors or from its own folder only.
+
+And what is imported from elsewhere is pinned.
+"""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,9 @@ from harness.configs import ROOT
 
 FLOORS = {"core": 1, "config": 2, "models": 3, "training": 3, "data": 3, "evaluation": 4, "run": 5}
 PACKAGE = "finetune"
+PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+BACK_ENDS = {"aiohttp"}  # for http:// sources alone, as s3fs for s3://: who names such a source is told to install it
+COMMANDS = {"mypy", "pytest-xdist", "ruff"}  # are pinned for tests, and not imported
 
 
 def imported(file):
@@ -110,3 +117,28 @@ def test_a_forbidden_import_is_found(tmp_path, room, line, found):
     Path(tmp_path / room).parent.mkdir(exist_ok=True)
     (tmp_path / room).write_text(f"{line}\n")
     assert forbidden(tmp_path) == {found}
+
+
+def packages(*files):
+    """The packages that files import, without Python's own and ours."""
+    ours = {PACKAGE, "harness", "train", *(file.stem for file in (ROOT / "tests/benchmarks").glob("*.py"))}
+    modules = {module.split(".")[0] for file in files for module in imported(file)}
+    return {PACKAGE_OF.get(module, module) for module in modules - ours - sys.stdlib_module_names}
+
+
+def pinned(name):
+    """The packages of a requirements file, each with one exact version."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    pins = [line.split("==") for line in lines if line and not line.startswith("-r ")]
+    assert all(len(pin) == 2 and pin[1].replace(".", "").isdigit() for pin in pins), pins
+    return {package for package, _ in pins}
+
+
+def test_what_is_imported_is_pinned_and_nothing_else():
+    """Also what a pinned package happens to bring along: its next version may not."""
+    program = packages(ROOT / "train.py", *(ROOT / PACKAGE).rglob("*.py"))
+    assert pinned("requirements.txt") == program - BACK_ENDS
+    assert program >= BACK_ENDS
+    tests = packages(*(ROOT / "tests").rglob("*.py"))
+    assert pinned("tests/requirements.txt") - COMMANDS == tests - program
+    assert {"torch", "scikit-learn"} <= program & tests

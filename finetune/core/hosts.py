@@ -1,4 +1,7 @@
-"""What may not differ between the hosts of a run, each of which has a command line and files of its own."""
+"""The hosts of a run: how many processes share one, and what may not differ between them.
+
+Each has a command line, files and memory of its own.
+"""
 
 import socket
 from collections.abc import Callable
@@ -10,6 +13,15 @@ from finetune.core.errors import UserError
 from finetune.core.groups import gathered
 
 T = TypeVar("T")
+
+
+def processes_here() -> int:
+    """How many of the run's processes this host has, which share its memory. Called by all processes.
+
+    By the hosts' names: not every launcher tells a process how many there are beside it.
+    """
+    host = socket.gethostname()
+    return gathered(host).count(host)
 
 
 def check_same_command(config: str, **options: Any) -> None:

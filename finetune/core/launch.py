@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, parse_flag_from_env
 
+from finetune.core.distributed import together
 from finetune.core.errors import UserError, first_line
 from finetune.core.groups import processes
 from finetune.core.launcher import launch_error, launcher_was_given, set_by_launcher
@@ -80,11 +81,21 @@ def accelerator_options() -> dict[str, Any]:
 
 @contextmanager
 def launch_errors() -> Iterator[None]:
-    """Turn what the Accelerator's constructor raises into one line: fp16 without a GPU, a tracker without a package."""
+    """Turn what the Accelerator's constructor raises into one line: fp16 without a GPU, a tracker without a package.
+
+    Entered by all processes, which all raise UserError if it failed on any of them.
+    """
+    problem = None
     try:
         yield
     except (ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"launch: Accelerate cannot be set up as requested: {first_line(error)}") from error
+        problem = UserError(f"launch: Accelerate cannot be set up as requested: {first_line(error)}")
+
+    def tell() -> None:
+        if problem is not None:
+            raise problem
+
+    together(tell)
 
 
 def check_launch(accelerator: Accelerator, gradient_accumulation_steps: int, tracker: str | None) -> None:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from finetune.core.distributed import all_agree, on_main_process, together
+from finetune.core.distributed import all_agree, together
 from finetune.core.errors import UserError
 from finetune.core.files import require_room
 from finetune.core.kind import Encoders
 from finetune.core.shapes import Shape
 from finetune.data.cache import LARGER_CACHE
-from finetune.data.pieces import Piece, make_pieces, pieces_of
+from finetune.data.pieces import Piece, find_share, make_pieces, pieces_of
 from finetune.data.pixels import Images, Pixels
 from finetune.data.store import Store, key
 
@@ -96,7 +96,7 @@ class Encodings:
         return lines
 
     def make(self, accelerator: Accelerator, images: int | None = None) -> None:
-        """Encode what is missing; the processes share the work. Called by all of them.
+        """Encode what is missing; processes that see the same cache share the work. Called by all processes.
 
         Each piece is saved when it is complete, so an interrupted run continues with the next.
 
@@ -105,13 +105,14 @@ class Encodings:
                 prompts; None: everything.
 
         Raises:
-            UserError: on all processes, if there is no room for everything, or an encoder's output is not finite.
+            UserError: on all processes, if there is no room for everything, an encoder's output is not finite, or what
+                was made is gone again.
         """
         wanted_images, wanted_texts = self._missing(images)
         if all_agree(not wanted_images and not wanted_texts):
             return
-        on_main_process(self._require_room)
-        device = accelerator.device
+        together(self._require_room)
+        share, device = find_share(self.embeddings.folder.parent), accelerator.device
 
         def encode_images(oriented: Sequence[Oriented]) -> dict[str, torch.Tensor]:
             pixels = np.stack([image.pixels for image in oriented])
@@ -122,13 +123,17 @@ class Encodings:
 
         texts = list(pieces_of(self.embeddings, self.encoders.text_chunk, wanted_texts))
         try:
-            together(partial(make_pieces, accelerator, texts, encode_texts, "Encoding captions"))
+            together(partial(make_pieces, share, texts, encode_texts, "Encoding captions"))
             self.encoders.free()  # before the VAE is loaded
             pieces = self.image_pieces(wanted_images)
-            together(partial(make_pieces, accelerator, pieces, encode_images, "Encoding images"))
+            together(partial(make_pieces, share, pieces, encode_images, "Encoding images"))
         finally:
             self.encoders.free()
-        together(self._find)
+        together(partial(self._find_all, images))
+
+    def _find_all(self, images: int | None) -> None:
+        """Find what was made, by this process and by others."""
+        self._find()
         if any(self._missing(images)):
             raise UserError(
                 f"encodings: {self.embeddings.folder.parent}: found entries missing that were just made; expected a "

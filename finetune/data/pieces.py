@@ -1,14 +1,18 @@
 """Entries that a store lacks, made in pieces: a piece is a file, and the work of one process."""
 
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
+from finetune.core.distributed import together
 from finetune.core.errors import UserError
-from finetune.data.store import Store
+from finetune.core.groups import from_main_process, gathered, processes
+from finetune.data.store import Store, writing
 
 T = TypeVar("T")
 
@@ -28,15 +32,54 @@ def pieces_of(store: Store, chunk: int, missing: Mapping[bytes, T]) -> Iterator[
         yield Piece(store, chunk, {name: missing[name] for name in names[start : start + store.piece]})
 
 
+class Share(NamedTuple):
+    """Of what a cache lacks: this is process `number` of so many that see the same cache."""
+
+    number: int
+    processes: int
+
+
+def find_share(cache: Path) -> Share:
+    """Which processes see the same cache as this one: all of them, or those of its host. Called by all processes.
+
+    The first that makes a file in a cache speaks for those that find it made. A file of this moment: a folder that was
+    copied from another host looks the same in all else.
+
+    Raises:
+        UserError: on all processes, if the cache cannot be written.
+    """
+    own, count = processes().process_index, processes().num_processes
+    if count == 1:
+        return Share(0, 1)
+    token = cache / f".shared-{from_main_process(uuid.uuid4().hex)}"
+    together(lambda: _make_token(token, own))
+    try:
+        caches = gathered(together(lambda: _read_token(token)))
+    finally:
+        token.unlink(missing_ok=True)
+    sharing = [process for process, seen in enumerate(caches) if seen == caches[own]]
+    return Share(sharing.index(own), len(sharing))
+
+
+def _make_token(token: Path, process: int) -> None:
+    with writing(token.parent):
+        token.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(token, "x") as file:
+            file.write(str(process))
+
+
+def _read_token(token: Path) -> str:
+    with writing(token.parent):
+        return token.read_text()
+
+
 def make_pieces(
-    accelerator: Accelerator,
-    pieces: Sequence[Piece[T]],
-    encode: Callable[[Sequence[T]], dict[str, torch.Tensor]],
-    title: str,
+    share: Share, pieces: Sequence[Piece[T]], encode: Callable[[Sequence[T]], dict[str, torch.Tensor]], title: str
 ) -> None:
     """Encode this process's share of the pieces, and write each when it is complete.
 
     Args:
+        pieces: the same on all processes that see the same cache.
         encode: makes tensors, a row an entry, of as many entries as a chunk has; a last one that is shorter is filled
             up.
         title: of the progress bar.
@@ -44,8 +87,8 @@ def make_pieces(
     Raises:
         UserError: if what is encoded is not finite, or cannot be written.
     """
-    mine = pieces[accelerator.process_index :: accelerator.num_processes]
-    shown = accelerator.is_main_process and bool(mine)
+    mine = pieces[share.number :: share.processes]
+    shown = processes().is_main_process and bool(mine)
     total = sum(len(piece.entries) for piece in mine)
     with tqdm(total=total, desc=title, unit="", disable=not shown, dynamic_ncols=True) as bar:
         for store, chunk, entries in mine:

@@ -6,8 +6,10 @@ pieces `<hash of their keys>.safetensors`. Nobody ever changes a piece, so any n
 
 import hashlib
 import os
+import uuid
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,30 @@ from finetune.core.kind import Fields
 FORMAT = 1  # bump it when what is stored changes
 PIECE_BYTES = 2**26
 _OPEN = 64  # files that are mapped at a time, each with a descriptor
+_ABANDONED = 24 * 3600.0  # seconds after which nobody still writes a piece, which is one write of 64 MB
 
 
 def key(text: str) -> bytes:
     """16 bytes that stand for a text."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failure to write a folder of the cache into one line that names it.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"encodings: {folder}: cannot be written ({reason}); free some space, or set HF_DATASETS_CACHE to a larger "
+            "disk, and run the same command again: what is encoded stays",
+            exit_code=1,
+        ) from error
 
 
 class Store:
@@ -93,31 +114,32 @@ class Store:
             UserError: if it cannot be written.
         """
         file = self.folder / f"{hashlib.blake2b(b''.join(keys), digest_size=8).hexdigest()}.safetensors"
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
         table = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            tensors = {name: entries[name].contiguous() for name in self.fields}
-            save_file({"keys": torch.from_numpy(table.copy()), **tensors}, partial)
-            permit([partial])
-            os.replace(partial, file)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise UserError(
-                f"encodings: {self.folder}: cannot be written ({reason}); free some space, or set HF_DATASETS_CACHE to "
-                "a larger disk, and run the same command again: what is encoded stays",
-                exit_code=1,
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with writing(self.folder):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                partial.touch()
+                self._remove_leftovers(partial.stat().st_mtime)
+                tensors = {name: entries[name].contiguous() for name in self.fields}
+                save_file({"keys": torch.from_numpy(table.copy()), **tensors}, partial)
+                permit([partial])
+                os.replace(partial, file)
+            finally:
+                partial.unlink(missing_ok=True)
 
-    def _remove_leftovers(self) -> None:
-        """Delete what killed processes of this machine left half-written."""
-        for leftover in self.folder.glob(".*.safetensors.*"):
-            process = leftover.name.rpartition(".")[2]
-            if process.isdigit() and int(process) != os.getpid() and not os.path.exists(f"/proc/{process}"):
-                leftover.unlink(missing_ok=True)
+    def _remove_leftovers(self, now: float) -> None:
+        """Delete what killed processes left half-written, safetensors' own temporary files among it.
+
+        By age: whether a process lives cannot be seen from another host or container that shares the cache.
+
+        Args:
+            now: by the clock of the disk, which may be that of another machine.
+        """
+        for leftover in self.folder.glob(".*"):
+            with suppress(OSError):  # finished or deleted meanwhile, or another user's
+                if now - leftover.stat().st_mtime > _ABANDONED:
+                    leftover.unlink()
 
     def read(self, name: bytes) -> dict[str, torch.Tensor]:
         """The tensors of an entry, copied from mapped files."""

@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 
 from finetune.core.batch import BatchLayout
-from finetune.core.distributed import all_agree, together
+from finetune.core.distributed import all_agree, printed_once, together
 from finetune.core.errors import UserError
 from finetune.core.failures import is_out_of_memory
+from finetune.core.hosts import processes_here
 from finetune.core.kind import Kind
 from finetune.core.sharding import gathered_bytes, held_bytes, is_sharded
 from finetune.training.host_memory import forget_peak, free_memory, peak_memory, resident_memory
@@ -49,30 +50,26 @@ def state_plan(
     shard: bool = False,
     crop_encoder: torch.nn.Module | None = None,
 ) -> str:
-    """What training will hold throughout, said before any of it is allocated.
+    """What training will hold throughout, said before any of it is allocated. Called by all processes.
 
     Args:
         outline: the network on the meta device.
-        num_processes: that share the memory of a CPU.
+        num_processes: of the run.
         shard: each of them holds its share; while the network is loaded, on the CPU, each holds all of its weights.
         crop_encoder: what encodes random crops, on the meta device; each process holds all of it.
 
     Raises:
         UserError: if that alone is more than is free.
     """
-    shares, device = num_processes if shard else 1, accelerator.device
+    shares, device, here = num_processes if shard else 1, accelerator.device, processes_here()
     state, held = -(-state_bytes(outline, averaged) // shares), "weights, gradients, optimizer and average"
     if crop_encoder is not None:
         state, held = state + held_bytes(crop_encoder.parameters()), f"{held}, and the encoder of random crops,"
-    most = state
+    most, free = state, float("inf")
     if device.type == "cpu":
-        most = max(state, held_bytes(outline.parameters()))
-    if device.type == "cpu":
-        free = free_memory() / num_processes
+        most, free = max(state, held_bytes(outline.parameters())), free_memory() / here
     elif device.type in ("cuda", "xpu"):
         free = torch.accelerator.get_memory_info(device)[0]
-    else:
-        free = float("inf")
     parameters = sum(parameter.numel() for parameter in outline.parameters())
     if most > free:
         raise UserError(
@@ -93,8 +90,12 @@ class Trials:
     gradients are reduced, and weights, gradients, buffers and generators stay as they were.
     """
 
-    def __init__(self, accelerator: Accelerator, kind: Kind, num_processes: int, averaged: bool):
-        """To be made when the network is on its device, and the moving average, if there is one, beside it."""
+    def __init__(self, accelerator: Accelerator, kind: Kind, here: int, averaged: bool):
+        """To be made when the network is on its device, and the moving average, if there is one, beside it.
+
+        Args:
+            here: processes that share the memory of this host.
+        """
         self.accelerator, self.kind, self.averaged = accelerator, kind, averaged
         self.device = accelerator.device
         self.on_cpu = self.device.type == "cpu"
@@ -105,7 +106,7 @@ class Trials:
             torch.accelerator.empty_cache()
             torch.accelerator.reset_peak_memory_stats(self.device)
         self.resident = resident_memory()
-        self.free = free_memory() / num_processes if self.on_cpu else float("inf")
+        self.free = free_memory() / here if self.on_cpu else float("inf")
         self.gathered = gathered_bytes(kind.network)
         self.per_image = 0.0  # bytes, by the largest trial so far
 
@@ -175,10 +176,10 @@ def memory_plan(accelerator: Accelerator, kind: Kind, layout: BatchLayout, avera
     Raises:
         UserError: on all processes, if an update does not fit into the memory of one of them.
     """
-    size = layout.micro_batch_size
+    size, here = layout.micro_batch_size, processes_here()
 
     def try_update() -> Trials:
-        trials = Trials(accelerator, kind, layout.num_processes, averaged)
+        trials = Trials(accelerator, kind, here, averaged)
         if not all(trials.fits(count) for count in sorted({1, size})):
             raise UserError(
                 f"training.micro_batch_size: a trial update with {size} does not fit into the memory of "
@@ -210,19 +211,17 @@ def largest_layout(accelerator: Accelerator, kind: Kind, layout: BatchLayout, av
         layout: the largest to be tried.
 
     Raises:
-        UserError: if not even single images fit.
+        UserError: on all processes, if not even single images fit.
     """
-    trials, found = Trials(accelerator, kind, layout.num_processes, averaged), None
+    trials, found = Trials(accelerator, kind, processes_here(), averaged), None
     for candidate in reversed(layout.smaller()):
         # All processes must agree: each has its own memory, and measured it at its own moment.
         if not all_agree(trials.fits(candidate.micro_batch_size)):
             break
         found = candidate
     if found is None:
-        raise UserError(
-            f"training.micro_batch_size: auto: not even single images fit into the memory of {accelerator.device}; use "
-            f"{LESS_PER_IMAGE}"
-        )
+        problem = f"not even single images fit into the memory of {accelerator.device}; use {LESS_PER_IMAGE}"
+        raise printed_once(UserError(f"training.micro_batch_size: auto: {problem}"))
     return found
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from finetune.data import loading, tables
 from finetune.models import unconditional
+from finetune.run import plan
 from harness.compare import differing
 from harness.configs import picture, tiny_config, write_config, write_pictures
-from harness.faults import skip_the_export
+from harness.faults import limit_images, skip_the_export
 from harness.processes import run_two
 
 pytestmark = pytest.mark.slow
@@ -81,6 +82,49 @@ def test_two_hosts_with_different_commands_are_refused(config, tmp_path, second,
     assert main.error == f"launch: found {problem}; expected the same command for all processes"
     assert other.errors == []
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "problem"),
+    [
+        (["training.global_batch_size=12"], {}, "training: found global_batch_size 12"),
+        ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "launch: "),
+        ([], {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS: found 3"),
+        (["logging.tracker=wandb"], {}, "logging.tracker: wandb is not installed"),
+        (["data.source=/nowhere"], {}, "data.source: found nothing at /nowhere"),
+        (["samples.inference_steps=101"], {}, "samples.inference_steps: found 101"),
+        (["training.micro_batch_size=auto"], {}, "training.micro_batch_size: auto: not even single images fit"),
+        (["--check"], {}, "training.micro_batch_size: a trial update with 4 does not fit"),
+        (["lr_scheduler.name=polynomial", "lr_scheduler.warmup_steps=500"], {}, "lr_scheduler.warmup_steps: found 500"),
+        (["output_dir=/proc/run"], {}, "output_dir: /proc/run"),
+    ],
+    ids=[
+        *("batch", "precision", "environment", "tracker", "source", "samples", "auto", "memory", "schedule", "folder")
+    ],
+)
+def test_a_mistake_is_printed_once_and_ends_all_processes(config, tmp_path, words, environment, problem):
+    """Wherever it is found: by the main process, by each of them, or by those whose memory is too small."""
+
+    def before(process):
+        if "micro_batch_size" in problem:
+            limit_images(lambda count: True)
+
+    outcomes = run_two("--config", config, *words, folder=tmp_path, before=before, **environment)
+    assert [outcome.returncode for outcome in outcomes] == [2, 2], outcomes
+    assert outcomes[0].error.startswith(problem)
+    assert outcomes[1].stderr == ""
+
+
+def test_the_plan_is_made_by_the_main_process_alone(config, tmp_path):
+    """It goes through all captions of a data set."""
+
+    def before(process):
+        make = plan.data_notes
+        plan.data_notes = lambda *data: (tmp_path / f"made-by-{process}").touch() or make(*data)
+
+    outcomes = run_two("--config", config, "--check", folder=tmp_path, before=before)
+    assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes
+    assert [file.name for file in tmp_path.glob("made-by-*")] == ["made-by-0"]
 
 
 def test_hosts_may_keep_the_config_in_folders_of_their_own(config, tmp_path):

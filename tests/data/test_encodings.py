@@ -1,6 +1,7 @@
 """Encodings: made once, kept by what they were made from, shared, resumed, and drawn from as their keys say."""
 
-from types import SimpleNamespace
+import os
+import time
 
 import datasets
 import numpy as np
@@ -9,20 +10,25 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from finetune.core import randomness
 from finetune.core.errors import UserError
 from finetune.core.shapes import Shape
+from finetune.data import encodings as encodings_module
 from finetune.data import store
 from finetune.data.captions import Captions
 from finetune.data.encoded_batches import CroppedBatches, EncodedBatches, size_and_crop
 from finetune.data.encodings import Encodings, image_key
 from finetune.data.order import Slot
-from finetune.data.pieces import make_pieces
+from finetune.data.pieces import Share, make_pieces
 from finetune.data.pixels import FEATURES, SHAPED_FEATURES, Images, Original, pixel_row, shaped_row
 from finetune.data.store import Store, key
 from harness.batches import as_images
 from harness.batches import batches as pixel_batches
+from harness.configs import of_kind, tiny_config, write_config, write_pictures
+from harness.faults import skip_the_export
+from harness.processes import run_several, run_two
 
 ARRAYS = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
 TEXTS = [["a"], ["b", "c"], ["a"], ["d"], ["e"]]
@@ -216,11 +222,91 @@ def test_processes_share_the_pieces(monkeypatch):
             chosen.append([one.image for one in images])
             return {name: torch.zeros(2, 1, 4, 2) for name in ("mean", "std")}
 
-        alone = SimpleNamespace(process_index=process, num_processes=2, is_main_process=False)
-        make_pieces(alone, encodings.image_pieces(encodings.missing_images), encode, "Encoding images")
+        make_pieces(Share(process, 2), encodings.image_pieces(encodings.missing_images), encode, "Encoding images")
         shares.append(chosen)
     assert shares == [[[0, 1], [4, 4]], [[2, 3]]]  # the last chunk is filled up
     assert find().missing_images == {}
+
+
+@pytest.fixture
+def text_run(tmp_path):
+    """The command of a text-to-image run of one update."""
+    pictures = write_pictures(tmp_path / "pictures", 12, kind="text")
+    options = of_kind("text", pictures) | {"data__random_flip": True, "training": {"max_train_steps": 1}}
+    options["training"] |= {"micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    return "--config", write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run", **options))
+
+
+def in_cache(folder):
+    """The entries of all files in a cache: a tensor of each, by key."""
+    entries = {}
+    for file in (folder / "encodings").rglob("*.safetensors"):
+        tensors = load_file(file)
+        fields = sorted(tensors.keys() - {"keys"})
+        for row, name in enumerate(tensors["keys"]):
+            entries[file.parent.name, bytes(name)] = torch.cat([tensors[field][row].flatten() for field in fields])
+    return entries
+
+
+@pytest.mark.slow
+def test_processes_encode_for_the_cache_that_they_see(text_run, tmp_path):
+    """Two share one, as on one host, a third one has its own; the pieces are of two images, and their mirrored ones."""
+
+    def before(process):
+        skip_the_export()
+        datasets.config.HF_DATASETS_CACHE = str(tmp_path / ["one", "two", "one"][process])
+        Store.piece = property(lambda store: 2)
+        write = Store.write
+
+        def counting(store, keys, entries):
+            with open(tmp_path / f"written-{process}", "a") as log:
+                log.write(f"{len(keys)}\n")
+            write(store, keys, entries)
+
+        Store.write = counting
+
+    for output_dir in ("run", "again"):
+        started = run_several(3, *text_run, f"output_dir={tmp_path / output_dir}", folder=tmp_path, before=before)
+        assert [outcome.returncode for outcome in started] == [0, 0, 0], started
+    one, two = in_cache(tmp_path / "one"), in_cache(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    written = [sum(map(int, (tmp_path / f"written-{process}").read_text().split())) for process in range(3)]
+    assert written[0] + written[2] == written[1] == len(one) >= 24
+    assert min(written) > 8
+    assert [file.name for name in ("one", "two") for file in (tmp_path / name).rglob(".shared*")] == []
+
+
+@pytest.mark.slow
+def test_entries_that_are_gone_again_end_all_processes_with_one_line(text_run, tmp_path):
+    """Of one process's own cache."""
+
+    def before(process):
+        datasets.config.HF_DATASETS_CACHE = str(tmp_path / str(process))
+        if process == 1:
+            Store.write = lambda store, keys, entries: None
+
+    one, other = run_two(*text_run, folder=tmp_path, before=before)
+    assert (one.returncode, other.returncode) == (1, 1)
+    assert one.error == (
+        f"encodings: {tmp_path}/1/encodings: found entries missing that were just made; expected a cache that nobody "
+        "deletes from while it is used: run the same command again"
+    )
+    assert other.errors == []
+
+
+def test_a_cache_that_one_process_cannot_write_is_named_before_anything_is_encoded(text_run, tmp_path):
+    def before(process):
+        datasets.config.HF_DATASETS_CACHE = str(tmp_path / str(process))
+        if process == 1:
+            (tmp_path / "1").mkdir()
+            (tmp_path / "1/encodings").touch()
+        encodings_module.make_pieces = None
+
+    one, other = run_two(*text_run, folder=tmp_path, before=before)
+    assert (one.returncode, other.returncode) == (1, 1)
+    assert one.error.startswith(f"encodings: {tmp_path}/1/encodings: cannot be written (")
+    assert other.errors == []
 
 
 def test_a_damaged_piece_is_made_again(accelerator):
@@ -232,6 +318,21 @@ def test_a_damaged_piece_is_made_again(accelerator):
         assert len(find().missing_images) == 5
         assert len(made(accelerator).posteriors[Shape(4, 4)].places) == 5
         assert file.read_bytes() == content
+
+
+def test_what_a_killed_process_left_is_deleted_after_a_day_and_what_another_one_writes_stays(accelerator):
+    """Whether it is of this host or not, by safetensors or by us. Entries are not removed, however old."""
+    folder, now = made(accelerator).embeddings.folder, time.time()
+    (piece,) = folder.iterdir()
+    names = [".tmpA3bX9z", f".{piece.name}.{os.getpid()}", f".{piece.name}.4194305", f".{piece.name}.{'ab' * 16}"]
+    for name, age in [(name + more, age) for name in names for more, age in (("-new", 80_000), ("-old", 90_000))]:
+        (folder / name).touch()
+        os.utime(folder / name, (now - age, now - age))
+    os.utime(piece, (0, 0))
+    made(accelerator, prompts=["another"])
+    left = {file.name for file in folder.iterdir()}
+    assert {name for name in left if name.startswith(".")} == {f"{name}-new" for name in names}
+    assert len(left) == len(names) + 2
 
 
 def test_pieces_have_the_permissions_of_new_files(accelerator, tmp_path):
@@ -408,8 +509,7 @@ def test_processes_share_the_pieces_of_all_shapes():
             fields = encodings.encoders.image_fields(images[0].shape)
             return {name: torch.zeros(len(images), *field) for name, field in fields.items()}
 
-        alone = SimpleNamespace(process_index=process, num_processes=2, is_main_process=False)
-        make_pieces(alone, encodings.image_pieces(encodings.missing_images), encode, "Encoding images")
+        make_pieces(Share(process, 2), encodings.image_pieces(encodings.missing_images), encode, "Encoding images")
         shares.append(chosen)
     assert shares == [[{Shape(2, 8)}, {Shape(8, 2)}], [{Shape(4, 4)}]]
     assert find(pictures=shaped_images()).missing_images == {}

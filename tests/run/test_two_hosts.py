@@ -12,10 +12,11 @@ import pytest
 
 from finetune.core import groups
 from finetune.data import loading
+from finetune.data.store import Store
 from finetune.evaluation.validation import Validation
 from finetune.training.window import Window
 from harness.compare import differing, history, newest_step, relative_difference, valid_checkpoints, weights
-from harness.configs import EVALUATED_STEPS, ROOT, tiny_config, write_config, write_pictures
+from harness.configs import EVALUATED_STEPS, ROOT, of_kind, tiny_config, write_config, write_pictures
 from harness.faults import at_call, kill_at, signal_at
 from harness.hosts import CABLE, hide, hosts_are_possible, start_on, two_hosts
 from harness.processes import finish, nothing, run_two, start_command, wait_for
@@ -79,6 +80,29 @@ def test_two_hosts_with_caches_of_their_own_make_the_run_of_one_host_to_the_last
     assert differing(undisturbed / "two", output_dir, EVALUATED_STEPS) == []
     first, second = (sorted(file.name for file in (tmp_path / f"cache-{n}").rglob("*.arrow")) for n in (0, 1))
     assert first == second != []  # each host decoded for itself
+
+
+def test_two_hosts_with_caches_of_their_own_encode_what_one_host_does(hosts, tmp_path):
+    """And find it at the next start, where nothing is encoded."""
+    pictures = write_pictures(tmp_path / "pictures", 12, kind="text")
+    training = {"micro_batch_size": 2, "gradient_accumulation_steps": 1, "max_train_steps": 2}
+    options = of_kind("text", pictures) | {"training": training, "logging__tracker": "tensorboard"}  # compared
+    config = tiny_config(pictures, tmp_path / "one", **options)
+    command = ("--config", write_config(tmp_path / "config.yaml", config))
+    assert [outcome.returncode for outcome in run_two(*command, folder=tmp_path)] == [0, 0]
+    for output_dir in ("two", "again"):
+        again = output_dir == "again"
+
+        def before(process, again=again):
+            datasets.config.HF_DATASETS_CACHE = str(tmp_path / f"cache-{process}")
+            hide(tmp_path / f"cache-{1 - process}")
+            if again:
+                Store.write = None
+
+        finished(hosts, *command, f"output_dir={tmp_path / output_dir}", folder=tmp_path, before=before)
+        assert differing(tmp_path / "one", tmp_path / output_dir, 2) == []
+    first, second = (sorted(file.name for file in (tmp_path / f"cache-{n}").rglob("*.safetensors")) for n in (0, 1))
+    assert first == second != []
 
 
 @pytest.mark.parametrize(

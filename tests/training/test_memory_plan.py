@@ -1,6 +1,7 @@
 """The memory that `--check` announces: measured in a trial update, near what a run takes, an error if too much."""
 
 import re
+import socket
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from finetune.training.memory import memory_plan, state_bytes
 from finetune.training.trial_pass import activation_bytes
 from harness.configs import UNET, tiny_config, write_config, write_pictures
 from harness.faults import at_call, limit_images, skip_the_export
-from harness.processes import finish, in_new_process, run
+from harness.processes import finish, in_new_process, run, run_two
 
 LARGER = {**UNET, "sample_size": 32, "block_out_channels": [16, 16]}  # activations: 2.6 MB an image, weights: 0.3 MB
 
@@ -78,12 +79,45 @@ def test_what_a_model_takes_is_printed_or_refused_before_it_is_loaded(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("hosts", "loaded"), [(2, True), (1, False)])
+def test_processes_share_the_memory_of_their_own_host(tmp_path, hosts, loaded):
+    """Two of them, where as much is free as one takes."""
+    config = tiny_config(
+        write_pictures(tmp_path / "pictures", 2), tmp_path / "run", model={"unet": {}}, data__resolution=64
+    )
+
+    def load_nothing(*arguments):
+        raise UserError("it was loaded", exit_code=7)
+
+    def before(process):
+        memory.free_memory = lambda: 5 * 4 * 274_056_163
+        unconditional.build_unet = load_nothing
+        socket.gethostname = lambda: f"host-{process % hosts}"
+
+    one, other = run_two("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path, before=before)
+    assert (one.returncode, other.returncode) == ((7, 7) if loaded else (2, 2))
+    assert one.stdout == (f"{DEFAULT}\n" if loaded else "")
+    assert ("take 5,481 MB a process, and 2,741 MB free on cpu" in one.error) == (not loaded)
+
+
+@pytest.mark.parametrize(("free", "fits"), [(8, True), (7, False)])
+def test_a_trial_update_may_take_its_share_of_this_hosts_memory(monkeypatch, free, fits):
+    """Of 8 processes 2 are on this host, each of which would take a byte an image, of 4 images."""
+    monkeypatch.setattr(memory, "processes_here", lambda: 2)
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
+    monkeypatch.setattr(memory.Trials, "needed", lambda trials, size: size)
+    with nullcontext() if fits else pytest.raises(UserError, match="expected about 0 MB beside the network"):
+        memory_plan(Accelerator(cpu=True), kind_of(UNET), BatchLayout(4, 1, 8), averaged=True)
+
+
 @pytest.mark.parametrize(
     ("processes", "megabytes", "needed"),
     [(2, 10, 10), (8, 2, 4)],  # of 20 MB of state; loading takes the 4 MB of all weights
 )
 def test_a_sharded_model_takes_its_share_of_a_process(monkeypatch, processes, megabytes, needed):
-    """A million weights of 4 bytes, five times."""
+    """A million weights of 4 bytes, five times; all processes on one host."""
+    monkeypatch.setattr(memory, "processes_here", lambda: processes)
     with torch.device("meta"):
         outline = torch.nn.Linear(1000, 1000, bias=False)
     cpu = SimpleNamespace(device=torch.device("cpu"))
