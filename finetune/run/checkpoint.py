@@ -200,8 +200,3 @@ def load(accelerator: Accelerator, files: Path) -> None:
     finally:
         accelerator.scaler = scaler
     accelerator.step = 0
-
-
-def load_tensors(files: Path, group: str) -> dict[str, Tensor]:
-    """One of the named groups given to `save`, from `untrusted` files."""
-    return load_file(files / f"{group}.safetensors")

@@ -60,7 +60,11 @@ def flaw(folder: Path, is_loaded: Callable[[str], Any], lacks: Callable[[Iterabl
                 return f"{name} is missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-            if checksum(file) != expected["xxh3_128"]:
+            try:
+                found = checksum(file)
+            except OSError as error:
+                return f"{name} cannot be read ({error.strerror})"
+            if found != expected["xxh3_128"]:
                 return f"{name} has another checksum than when it was written"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"

@@ -122,14 +122,9 @@ def _complete(tensor: TensorStorageMetadata) -> bool:
 
 def _load_whole(files: Path, weights: Weights, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
     """Of files of a run that was not sharded, which are mapped into memory."""
-    groups = {"model": [local(weight) for weight in weights.values()]}
+    load_whole(files / "model.safetensors", weights, [local(weight) for weight in weights.values()])
     if ema is not None:
-        groups["ema"] = ema.shadow_params
-    for group, targets in groups.items():
-        saved = load_file(files / f"{group}.safetensors")
-        _check_names(saved.keys(), weights)
-        for target, (name, weight) in zip(targets, weights.items(), strict=True):
-            target.copy_(_part(saved[name], weight))
+        load_whole(files / "ema.safetensors", weights, ema.shadow_params)
     saved = torch.load(files / "optimizer.bin", map_location="cpu", weights_only=True, mmap=True)["state"]
     moments = {weight: _empty_moments(weight) for index, weight in enumerate(weights.values()) if index in saved}
     for index, weight in enumerate(weights.values()):
@@ -137,6 +132,28 @@ def _load_whole(files: Path, weights: Weights, optimizer: torch.optim.Optimizer,
             full = saved[index][moment]
             local(tensor).copy_(full if moment == "step" else _part(full, weight))
     _set_moments(optimizer, moments)
+
+
+def load_whole(file: Path, weights: Weights, targets: Iterable[Tensor]) -> None:
+    """Copy into each weight's target what this process has of the tensor by that name in a file.
+
+    Raises:
+        ValueError: if the file's tensors have other names or shapes than the weights.
+    """
+    saved = load_file(file)
+    _check_names(saved.keys(), weights)
+    for target, (name, weight) in zip(targets, weights.items(), strict=True):
+        target.copy_(_part(saved[name], weight))
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError unless AdamW's loaded state is as large as the weights, which its fused kernel relies on."""
+    for weight, state in optimizer.state.items():
+        found = {moment: tuple(tensor.shape) for moment, tensor in state.items()}
+        if found != {moment: () if moment == "step" else tuple(weight.shape) for moment in _MOMENTS}:
+            raise ValueError(f"{found} for a weight of {tuple(weight.shape)}")
+        if not all(tensor.is_contiguous() or tensor.stride() == weight.stride() for tensor in state.values()):
+            raise ValueError("moments without memory of their own")
 
 
 def _part(full: Tensor, weight: torch.nn.Parameter) -> Tensor:

@@ -2,10 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from pydantic import TypeAdapter
 
 from finetune.config.load import to_yaml
 from finetune.config.schema import Config
@@ -27,6 +29,8 @@ from finetune.run.starting_point import Start
 from finetune.run.state import Length, RunState, differences
 from finetune.run.summary import hyperparameters
 from finetune.training.metrics import Meters
+
+T = TypeVar("T")
 
 
 def start_run(
@@ -118,18 +122,23 @@ def _restore(
     """
     with checkpoint.untrusted(folder) as files:
         saved = checkpoint.read_run_state(files)
-        state, meters = RunState(**saved["state"]), Meters.from_state(saved["meters"])
+        state, meters = _checked(RunState, saved["state"]), _checked(Meters, saved["meters"])
         if is_sharded(kind.network) or shards.written(files):
             shards.load(files, kind.trainable(), optimizer, ema)
             accelerator.step = 0
         else:
             checkpoint.load(accelerator, files)
+            shards.check_moments(optimizer)
             if ema is not None:
-                averaged = checkpoint.load_tensors(files, "ema")
-                ema.shadow_params = [averaged[name].to(weight.device) for name, weight in kind.trainable().items()]
+                shards.load_whole(files / "ema.safetensors", kind.trainable(), ema.shadow_params)
         if ema is not None:
             ema.optimization_step = state.updates
         return state, meters, differences(saved["config"], config.model_dump(mode="json"))
+
+
+def _checked(kind: type[T], values: object) -> T:
+    """A dataclass from JSON, the inverse of `dataclasses.asdict`; raises ValueError for fields of other types."""
+    return TypeAdapter(kind).validate_python(values)
 
 
 def _copy_metrics(folder: Path, config: Config) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from finetune.training.noise_scale import GradientNoiseScale
-from finetune.training.smoothing import SmoothedLoss, Trend
+from finetune.training.smoothing import SmoothedLoss
 from finetune.training.window import WindowResult
 
 TIMESTEP_RANGES = 4  # equal ranges of the timesteps that losses are shown for
@@ -39,12 +39,6 @@ class Meters:
     epoch: EpochLoss = field(default_factory=EpochLoss)
     smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
     noise_scale: GradientNoiseScale = field(default_factory=GradientNoiseScale)
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Meters":
-        """The inverse of `dataclasses.asdict`."""
-        smoothed = state["smoothed"] | {"trend": Trend(**state["smoothed"]["trend"])}
-        return cls(EpochLoss(**state["epoch"]), SmoothedLoss(**smoothed), GradientNoiseScale(**state["noise_scale"]))
 
     def add_window(
         self,

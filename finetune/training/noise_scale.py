@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from finetune.config.schema import Config
 from finetune.core.batch import BatchLayout
+from finetune.training.smoothing import Three
 
 _FEWEST = 40  # updates; the means of fewer are not normal enough for an interval
 _WIDEST = 4.0  # upper over lower bound, a factor of two either way: batch sizes go by powers of two
@@ -31,7 +32,7 @@ class GradientNoiseScale:
     squared_gradient: float = 0.0  # |G|^2, running mean
     noise: float = 0.0  # S, the trace of the covariance of an image's gradient, running mean
     # running covariance of the updates' estimates: of S, of S and |G|^2, of |G|^2
-    scatter: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    scatter: Three = field(default_factory=lambda: [0.0, 0.0, 0.0])
     squared_weights: float = 1.0  # sum of the squared weights of the updates in the means: 1 / (their effective number)
     updates: int = 0
 

@@ -21,6 +21,7 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerCo
 def set_hyperparameters(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
     """Overwrite the optimizer's hyperparameters from the config; loading a checkpoint brought back the saved ones."""
     for group in optimizer.param_groups:
+        group.update(optimizer.defaults)
         group["lr"] = group["initial_lr"] = config.learning_rate
         group.update(betas=tuple(config.betas), weight_decay=config.weight_decay, eps=config.eps)
 

@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 _BINS = 50  # equal ranges of timesteps; the images within one are compared
 _TINY = 1e-30  # keeps logarithms and quotients finite where every loss is zero
+Three = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 @dataclass
@@ -22,7 +25,7 @@ class Trend:
 
     level: float = 0.0
     slope: float = 0.0  # of the logarithm, per update
-    covariance: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.25])  # level, both, slope; of the logarithm
+    covariance: Three = field(default_factory=lambda: [0.0, 0.0, 0.25])  # level, both, slope; of the logarithm
     updates: int = 0
 
     def add(self, estimate: float, variance: float) -> float:
@@ -74,6 +77,10 @@ class SmoothedLoss:
     images: list[int] = field(default_factory=list)  # seen of each
     squares: float = 1.0  # sum of squared relative residuals of recent images, and their degrees of freedom;
     freedom: float = 1.0  # a first window of one image has none of its own
+
+    def __post_init__(self) -> None:
+        if len(self.baselines) != len(self.images) or len(self.images) % _BINS:
+            raise ValueError(f"{len(self.baselines)} baselines of {len(self.images)} ranges, not of {_BINS} a group")
 
     def add(
         self,

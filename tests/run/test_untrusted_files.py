@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune.run import manifest
 from harness.bombs import BOMBS, plain_pickle
@@ -63,6 +64,77 @@ def test_a_bomb_in_a_checkpoint_does_not_go_off(base, newest, tmp_path, bomb, na
     assert refused.error.startswith(f"{newest}: refused: found ")
     assert "expected plain tensors and numbers of this network" in refused.error
     assert {*os.listdir(newest.parent)} <= {".lock", newest.name}
+
+
+def wrong_average(folder, change):
+    average = load_file(folder / "ema.safetensors")
+    first = min(average)
+    average[first] = change(average[first])
+    save_file(average, folder / "ema.safetensors")
+
+
+def wrong_moment(folder, change):
+    saved = torch.load(folder / "optimizer.bin", weights_only=True)
+    saved["state"][0]["exp_avg"] = change(saved["state"][0]["exp_avg"])
+    torch.save(saved, folder / "optimizer.bin")
+
+
+def wrong_options(folder, change):
+    saved = torch.load(folder / "optimizer.bin", weights_only=True)
+    change(saved["state"][0])
+    torch.save(saved, folder / "optimizer.bin")
+
+
+def wrong_state(folder, change):
+    saved = json.loads((folder / "run_state.json").read_text())
+    change(saved)
+    (folder / "run_state.json").write_text(json.dumps(saved))
+
+
+def one_value(tensor):
+    """Of the shape of a tensor, without the memory for it."""
+    return torch.zeros(1).expand(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    ("write", "change"),
+    [
+        (wrong_moment, lambda tensor: torch.zeros(3)),  # the fused kernel would write behind it
+        (wrong_moment, one_value),
+        (wrong_options, lambda state: state.pop("exp_avg_sq")),
+        (wrong_average, lambda tensor: torch.zeros(1)),
+        (wrong_average, lambda tensor: torch.cat([tensor, tensor])),
+        (wrong_state, lambda saved: saved["state"].update(seconds="x")),
+        (wrong_state, lambda saved: saved["meters"]["epoch"].update(total="x")),
+        (wrong_state, lambda saved: saved["meters"]["smoothed"].update(images=[1])),
+        (wrong_state, lambda saved: saved["meters"]["smoothed"]["trend"].update(covariance=[1.0])),
+    ],
+    ids=[
+        *("short moment", "moment of one value", "no second moment", "average of one value", "long average"),
+        *("state of another type", "sum of another type", "counts without baselines", "short covariance"),
+    ],
+)
+def test_a_checkpoint_whose_contents_do_not_fit_is_refused_in_one_line(base, newest, write, change):
+    """Each file is as its manifest says."""
+    write(newest, change)
+    manifest.seal(newest, 2, FILES)
+    refused = resume(base, newest)
+    assert refused.returncode == 2, refused.stderr
+    assert refused.error.startswith(f"{newest}: refused: found ")
+    assert {*os.listdir(newest.parent)} <= {".lock", newest.name}
+
+
+def test_options_of_the_optimizer_in_a_checkpoint_do_not_count(base, newest):
+    """They are the config's; AMSGrad would look for moments that are not there."""
+    saved = torch.load(newest / "optimizer.bin", weights_only=True)
+    saved["param_groups"][0].update(amsgrad=True, maximize=True, lr=9.0)
+    torch.save(saved, newest / "optimizer.bin")
+    manifest.seal(newest, 2, FILES)
+    shutil.copytree(base / "run/checkpoint-2", newest.parents[1] / "plain/checkpoint-2")
+    for folder in (newest, newest.parents[1] / "plain/checkpoint-2"):
+        assert resume(base, folder).returncode == 0
+    one, other = (load_file(newest.parents[1] / name / "checkpoint-3/model.safetensors") for name in ("run", "plain"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_bomb_as_manifest_does_not_go_off(base, newest, tmp_path):

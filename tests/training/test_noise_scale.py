@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from finetune.config.load import load_config
 from finetune.config.schema import Config
@@ -156,7 +157,7 @@ def test_meters_log_it_once_it_means_something():
         logged.append(scalars.get("train/gradient_noise_scale"))
     assert logged[:39] == [None] * 39
     assert logged[-1] == meters.noise_scale.value == pytest.approx(30, rel=0.5)
-    assert Meters.from_state(json.loads(json.dumps(asdict(meters)))) == meters
+    assert TypeAdapter(Meters).validate_python(json.loads(json.dumps(asdict(meters)))) == meters
 
 
 def batch_keys(style: str, processes: int = 1) -> dict:

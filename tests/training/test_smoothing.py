@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from finetune.training.metrics import Meters
 from finetune.training.smoothing import SmoothedLoss, Trend
@@ -210,7 +211,7 @@ def test_a_resumed_curve_is_the_same_to_the_last_bit():
     whole, resumed = Meters(), Meters()
     for losses, timesteps, _ in list(simulate("from scratch", 16, 0))[:40]:
         groups = (timesteps % 3 == 0).astype(np.int64)
-        resumed = Meters.from_state(json.loads(json.dumps(asdict(resumed))))
+        resumed = TypeAdapter(Meters).validate_python(json.loads(json.dumps(asdict(resumed))))
         expected = whole.smoothed.add(losses, timesteps, 1000, groups)
         assert resumed.smoothed.add(losses, timesteps, 1000, groups) == expected
     assert resumed == whole
