@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from finetune.config import plain_yaml
 from finetune.config.schema import Config
 from finetune.core.kind import Kind
+from finetune.data.remote import is_url, named
 from finetune.training.compute import with_prefix
 
 
@@ -65,31 +66,35 @@ def hyperparameters(config: Config, global_batch_size: int, total_steps: int) ->
 
 
 def _is_local(name: str) -> bool:
-    """Whether a source or a model is named by a path of this machine, and not by its id on the hub."""
+    """Whether a source or a model is named by a path of this machine, and not by its id on the hub or an address."""
     path = os.path.abspath(os.path.expanduser(name))
     found = os.path.exists(path) or bool(glob.glob(path, recursive=True))
-    return name != "digits" and (found or name.startswith((".", "/", "~")))
+    return name != "digits" and (found or name.startswith((".", "/", "~", "file:")))
 
 
 def _published(name: str) -> str:
-    """A hub id as it is; of a local path the last part."""
-    return Path(os.path.abspath(os.path.expanduser(name))).name if _is_local(name) else name
+    """A hub id as it is; of an address what is not secret; of a local path the last part."""
+    if _is_local(name):
+        return Path(os.path.abspath(os.path.expanduser(name))).name
+    return named(name) if is_url(name) else name
 
 
 def _recipe(config: Config) -> str:
-    """The config as YAML, without the paths of this machine."""
+    """The config as YAML, without the paths of this machine and without secrets."""
     values: dict[str, Any] = config.model_dump()
     values["output_dir"] = Path(os.path.abspath(config.output_dir)).name
     values["data"]["source"] = _published(config.data.source)
     if config.model.pretrained is not None:
         values["model"]["pretrained"] = _published(config.model.pretrained)
+    if config.validation.quality is not None:
+        values["validation"]["quality"]["features"] = _published(config.validation.quality.features)
     if config.checkpoint.resume not in ("auto", "never"):
         values["checkpoint"]["resume"] = Path(config.checkpoint.resume).name
     return plain_yaml.write(values)
 
 
 def model_card(config: Config, kind: Kind, rows: dict[str, str], picture: str | None) -> str:
-    """The exported pipeline's README: origin, use, results, recipe. It names no path of this machine."""
+    """The exported pipeline's README: origin, use, results, recipe. It names no path of this machine and no secret."""
     task = "text-to-image" if kind.captioned else "unconditional-image-generation"
     base, source, averaged = config.model.pretrained, config.data.source, config.ema.enabled
     data = ModelCardData(
@@ -99,7 +104,7 @@ def model_card(config: Config, kind: Kind, rows: dict[str, str], picture: str | 
         base_model=None if base is None or _is_local(base) else base,
     )
     origin = "Trained from scratch" if base is None else f"Fine-tuned from `{_published(base)}`"
-    images = "a local folder" if _is_local(source) else f"`{source}`"
+    images = "a local folder" if _is_local(source) else f"`{_published(source)}`"
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {Path(os.path.abspath(config.output_dir)).name}",

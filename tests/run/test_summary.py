@@ -100,7 +100,7 @@ def recipe(card: ModelCard) -> Config:
 
 def test_the_card_does_not_publish_local_paths(tmp_path, monkeypatch):
     secret = tmp_path / "alice"
-    for folder in ("photographs", "digits-base"):
+    for folder in ("photographs", "digits-base", "dinov2"):
         (secret / folder).mkdir(parents=True)
     monkeypatch.setenv("HOME", str(secret))
     monkeypatch.chdir(secret)
@@ -109,6 +109,8 @@ def test_the_card_does_not_publish_local_paths(tmp_path, monkeypatch):
         secret / "runs" / "digits",
         model={"pretrained": str(secret / "digits-base")},
         checkpoint={"resume": str(secret / "runs" / "digits" / "checkpoint-7")},
+        data__validation_fraction=0.5,
+        validation={"quality": {"features": str(secret / "dinov2")}},
     )
     config = Config.model_validate(values)
     text = model_card(config, KIND, {}, None)
@@ -120,13 +122,22 @@ def test_the_card_does_not_publish_local_paths(tmp_path, monkeypatch):
     saved = recipe(card)
     assert (saved.output_dir, saved.data.source) == ("digits", "photographs")
     assert (saved.model.pretrained, saved.checkpoint.resume) == ("digits-base", "checkpoint-7")
+    assert saved.validation.quality.features == "dinov2"
     assert saved.optimizer == config.optimizer
-    # a relative path too, of a folder or of files
+    # a relative path too, of a folder or of files, and an address
     (secret / "photographs" / "a.parquet").touch()
-    for source, name in {"runs/../photographs": "photographs", "photographs/*.parquet": "*.parquet"}.items():
+    sources = {"runs/../photographs": "photographs", "photographs/*.parquet": "*.parquet"}
+    for source, name in (sources | {f"file://{secret}/photographs/a.parquet": "a.parquet"}).items():
         card = ModelCard(model_card(config_of(data__source=source), KIND, {}, None))
         assert "on the images of a local folder" in card.text
         assert recipe(card).data.source == name
+
+
+def test_the_card_does_not_publish_the_secrets_of_an_address():
+    text = model_card(config_of(data__source="https://user:secret@host/x.parquet?sig=secret"), KIND, {}, None)
+    assert "secret" not in text
+    assert "on the images of `https://host/x.parquet`." in text
+    assert recipe(ModelCard(text)).data.source == "https://host/x.parquet"
 
 
 def test_an_exported_pipeline_does_not_publish_where_it_was_loaded_from(tmp_path):
