@@ -273,6 +273,7 @@ def test_a_mistake_in_the_config_is_one_line_and_nothing_is_written(pictures, tm
     outcome = run("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path)
     assert outcome.returncode == 2
     assert line in outcome.error
+    assert "Warning" not in outcome.stderr
     assert not (tmp_path / "run").exists()
 
 

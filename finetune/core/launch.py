@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -87,7 +88,9 @@ def launch_errors() -> Iterator[None]:
     """
     problem = None
     try:
-        yield
+        with warnings.catch_warnings():  # of a tracker that is not installed, which `check_launch` refuses
+            warnings.filterwarnings("ignore", message="`log_with=", category=UserWarning)
+            yield
     except (ValueError, ImportError, RuntimeError) as error:
         problem = UserError(f"launch: Accelerate cannot be set up as requested: {first_line(error)}")
 

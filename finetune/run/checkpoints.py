@@ -84,6 +84,10 @@ class Checkpoints:
 
     def _find_from(self, named: Path, warn: Callable[[str], None]) -> Path:
         """The named checkpoint, or the newest one that an earlier start of the same command trained on from it."""
+        if not named.is_dir():
+            raise UserError(
+                f"checkpoint.resume: found {named}, which is no folder; expected auto, never or a checkpoint"
+            )
         if reason := checkpoint.flaw(named):
             raise UserError(f"checkpoint.resume: {named} is not a valid checkpoint: {reason}")
         own, step = self.names_own(), checkpoint.step_of(named)

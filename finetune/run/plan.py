@@ -140,6 +140,8 @@ def _evaluation(config: Config, length: Length, num_held_out: int) -> str:
         parts.append(f"validation every {every} update(s), {validation.images} draws of the held-out images")
     if samples.count:
         parts.append(f"{samples.count} samples every {samples.every_steps} update(s)")
+    if quality := validation.quality:
+        parts.append(f"quality of {quality.images} samples every {quality.every_steps} update(s)")
     return "; ".join(parts) or "none"
 
 

@@ -12,6 +12,7 @@ from finetune.training.memory import less_memory
 from finetune.training.soundness import compiler_problem
 from finetune.training.window import WindowResult
 
+LISTED = 8  # images that an error names
 SKIP_LIMIT = 25  # updates in a row that may be skipped; fp16 needs a dozen or so to find its first loss scale
 
 
@@ -30,16 +31,20 @@ def check_finite(run: Run, result: WindowResult) -> None:
     tolerated = overflow or run.config.training.nonfinite_loss == "skip"
     if tolerated and run.state.skipped_in_a_row < SKIP_LIMIT:
         return
-    (epoch, _), positions = run.place, np.array(run.positions)
-    bad = positions if finite_losses else positions[~np.isfinite(result.losses)]
-    images = run.sampler.order.images(epoch, bad).tolist()
-    timesteps = run.examples.timesteps(epoch, bad).tolist()
     again = f", {run.state.skipped_in_a_row + 1} updates in a row" if tolerated else ""
+    advice = ["lower optimizer.learning_rate", "set training.nonfinite_loss=skip"]
+    (epoch, _), positions = run.place, np.array(run.positions)
+    bad = positions[~np.isfinite(result.losses)]
+    where = f"that is so of {len(bad)} of {len(positions)} losses"
+    if 0 < len(bad) < len(positions):
+        shown = bad[:LISTED]
+        images, timesteps = run.sampler.order.images(epoch, shown), run.examples.timesteps(epoch, shown)
+        where += f", {'the first' if len(bad) > LISTED else 'those'} of images {images.tolist()}"
+        where += f" at timesteps {timesteps.tolist()}"
+        advice.insert(1, "look at these images")
     problem = (
         f"step {run.state.step + 1}: found loss {result.losses.mean()}, gradient norm {result.grad_norm}{again}, "
-        f"expected finite ones; images {images} at timesteps {timesteps}. Nothing was "
-        "updated and the last checkpoint is complete: lower optimizer.learning_rate, look at these images, or set "
-        "training.nonfinite_loss=skip"
+        f"expected finite ones; {where}. Nothing was updated, and what was saved is as it was: {', or '.join(advice)}"
     )
     raise printed_once(UserError(problem, exit_code=1))
 

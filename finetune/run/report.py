@@ -34,10 +34,16 @@ class History:
     """`metrics.jsonl`: a line per logged update, appended as it happens, cut back to the checkpoint on resume."""
 
     def __init__(self, file: Path, step: int):
-        """Keep the lines up to `step`; -1 starts empty."""
-        self.file = file
+        """Keep the lines up to `step`; -1 starts empty. What is missing among them is in `flaw`, in a few words."""
+        self.file, self.flaw = file, ""
         with writing(file):
-            kept = [line for line in self.read() if line["step"] <= step]
+            texts = self._texts()
+            lines = [_metrics(text) for text in texts]
+        kept = [line for line in lines if line is not None and line["step"] <= step]
+        if step > 0 and not kept:
+            self.flaw = f"it has no line of the {step} updates so far"
+        elif step > 0 and None in lines[:-1]:  # the last may be cut short by a kill
+            self.flaw = f"{lines[:-1].count(None)} of its lines are damaged and left out"
         with atomic(file) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         with writing(file):
@@ -50,9 +56,10 @@ class History:
     def read(self) -> list[dict[str, Any]]:
         """The lines, without those that are none of a run: cut short by a kill, whose step will be done again, or
         damaged."""
-        if not self.file.exists():
-            return []
-        return [line for text in self.file.read_bytes().split(b"\n") if (line := _metrics(text)) is not None]
+        return [line for text in self._texts() if (line := _metrics(text)) is not None]
+
+    def _texts(self) -> list[bytes]:
+        return self.file.read_bytes().removesuffix(b"\n").split(b"\n") if self.file.exists() else []
 
 
 def _metrics(text: bytes) -> dict[str, Any] | None:
@@ -147,6 +154,8 @@ class Report:
                     self.board.replay(self.history.read())
                 self.board.settings(f"{output_dir.name} in {output_dir.parent}", config_yaml, settings)
         self.progress = Progress(max(step, 0), total_steps, self.shown)
+        if self.history is not None and self.history.flaw:
+            self.say(f"Note: {self.history.file}: {self.history.flaw}; curves, and the results at the end, lack them")
 
     def say(self, text: str) -> None:
         """Print on the main process's console, above the progress bar."""

@@ -206,7 +206,8 @@ class Run:
         hub.save_export(self.kind.save, folder, card, shown)
         if self.config.export.push_to_hub is not None:
             rows["uploaded to"] = hub.push(folder, self.config.export.push_to_hub)
-        rows |= {name: str(self.output_dir / name) for name in (folder.name, "samples", "loss_curve.png")}
+        written = [self.output_dir / name for name in (folder.name, "samples", "loss_curve.png")]
+        rows |= {path.name: str(path) for path in written if path.exists()}  # no samples with samples.count=0
         rows |= {"curves": f"tensorboard --logdir {shlex.quote(str(curves_folder(self.output_dir)))}"}
         rows |= {"to train longer": f"run again with a training.max_train_steps above {self.length.total_steps}"}
         self.report.say(table(f"Finished: {self.output_dir}", rows))

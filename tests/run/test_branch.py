@@ -126,7 +126,7 @@ def test_a_checkpoint_that_does_not_exist_is_refused_before_a_folder_is_made(bas
     command = ("--config", base / "config.yaml", f"output_dir={output_dir}")
     refused = run(*command, "checkpoint.resume=nowhere", *flags, folder=tmp_path)
     assert refused.returncode == 2
-    assert refused.error == "checkpoint.resume: nowhere is not a valid checkpoint: it has no manifest.json"
+    assert refused.error == "checkpoint.resume: found nowhere, which is no folder; expected auto, never or a checkpoint"
     assert not output_dir.exists()
 
 

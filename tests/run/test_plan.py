@@ -63,6 +63,8 @@ def test_the_plan_says_when_the_run_is_evaluated():
     # a tenth of 55 updates
     assert f"evaluation validation every 5 update(s), 4 draws of the held-out images; {samples}" in plan(config, 2)
     assert f"evaluation {samples}" in plan(config)
+    judged = config_of(validation={"quality": {"features": "x"}}, data__validation_fraction=0.5, samples={"count": 0})
+    assert any(line.endswith("; quality of 1000 samples every 1000 update(s)") for line in plan(judged, 2))
 
 
 def test_the_plan_says_if_the_learning_rate_never_reaches_its_peak():

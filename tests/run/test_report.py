@@ -47,7 +47,18 @@ def test_a_damaged_line_costs_itself_alone(tmp_path, damage, place):
     lines = [json.dumps(line).encode() for line in LINES]
     lines.insert(place, damage)
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    assert History(tmp_path / "metrics.jsonl", 2).read() == LINES
+    history = History(tmp_path / "metrics.jsonl", 2)
+    assert history.read() == LINES
+    assert history.flaw == ("" if place == len(LINES) else "1 of its lines are damaged and left out")
+
+
+@pytest.mark.parametrize("content", [None, "", "rubbish\n", json.dumps({"step": 3}) + "\n"])
+def test_a_history_that_was_deleted_is_missed(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    assert History(tmp_path / "metrics.jsonl", 2).flaw == "it has no line of the 2 updates so far"
+    assert History(tmp_path / "new.jsonl", 0).flaw == ""
+    assert History(tmp_path / "new.jsonl", -1).flaw == ""
 
 
 def advance(progress: Progress, steps: int, seconds: float, now: list[float]) -> None:
