@@ -23,6 +23,7 @@ from finetune.data.pixels import FEATURES, SHAPED_FEATURES, Images, Original, pi
 from finetune.data.store import Store, key
 from harness.batches import as_images
 from harness.batches import batches as pixel_batches
+from harness.compare import unequal
 
 ARRAYS = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
 TEXTS = [["a"], ["b", "c"], ["a"], ["d"], ["e"]]
@@ -107,7 +108,7 @@ def test_a_latent_is_the_mean_and_a_keyed_draw_of_the_deviation(accelerator):
         noise = randomness.noise(7, slot.epoch, slot.position, (1, 4, 2))
         assert torch.equal(batch["noise"][place], noise)
     alone = batches(encodings).__getitems__(slots[1:2])
-    assert all(torch.equal(alone[name][0], batch[name][1]) for name in alone)
+    assert unequal(alone, {name: tensor[1:2] for name, tensor in batch.items()}) == []
     assert batch["weights"].tolist() == [1.0, 1.0, 0.0]
 
 
@@ -326,7 +327,7 @@ def test_a_store_gives_back_what_was_written(tmp_path_factory, names, piece):
     assert store.places.keys() == {*keys}
     for row, name in enumerate(keys):
         entry = store.read(name)
-        assert all(torch.equal(entry[field], values[field][row]) for field in values)
+        assert unequal(entry, {field: tensor[row] for field, tensor in values.items()}) == []
 
 
 @pytest.mark.parametrize(
@@ -461,8 +462,7 @@ def test_random_crops_are_left_to_the_model_with_the_draws_that_latents_would_ha
     encoded = batches(made(accelerator), random_flip=True, condition_dropout=0.25)
     encoded.flipped = lambda slot: False  # of which there are no entries
     expected = encoded.__getitems__(SLOTS[:40])
-    assert batch.keys() - {"images", "posterior"} == expected.keys() - {"latents"}
-    assert all(torch.equal(batch[name], expected[name]) for name in expected.keys() - {"latents"})
+    assert unequal(batch, expected) == ["images", "latents", "posterior"]
 
 
 def test_another_position_or_epoch_is_another_crop(accelerator):
