@@ -24,6 +24,7 @@ from finetune.data.store import Store, key
 from harness.batches import as_images
 from harness.batches import batches as pixel_batches
 from harness.compare import unequal
+from harness.faults import failing_at
 
 ARRAYS = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
 TEXTS = [["a"], ["b", "c"], ["a"], ["d"], ["e"]]
@@ -186,19 +187,8 @@ class Killed(BaseException):
 def test_an_interrupted_run_continues_with_the_next_piece(accelerator, monkeypatch):
     """In pieces of two images: after the first one the process dies, and leaves three to be made."""
     monkeypatch.setattr(Store, "piece", property(lambda store: 2))
-    encoders, write, written = Halving(), Store.write, []
-
-    def dying(store, keys, entries):
-        if len(written) == 4:  # three pieces of texts, one of images
-            raise Killed
-        written.append(len(keys))
-        write(store, keys, entries)
-
-    monkeypatch.setattr(Store, "write", dying)
-    with pytest.raises(Killed):
-        made(accelerator, encoders=encoders)
-    assert written == [2, 2, 2, 2]
-    monkeypatch.setattr(Store, "write", write)
+    with pytest.raises(Killed), failing_at(Store, "write", 5, Killed()):  # after three pieces of texts, one of images
+        made(accelerator)
     rest = find()
     assert (len(rest.missing_images), len(rest.missing_texts)) == (3, 0)
     rest.make(accelerator)

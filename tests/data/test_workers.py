@@ -20,6 +20,7 @@ from finetune.data.pixels import Images
 from finetune.data.workers import loader_problem, make_loader
 from harness.batches import SLOTS, batches, wide_images
 from harness.compare import unequal
+from harness.faults import signal_self
 
 
 def test_what_is_large_travels_in_one_block_of_shared_memory():
@@ -104,7 +105,7 @@ class DyingBatches(Batches):
 
     def __getitems__(self, slots):
         if os.environ["FINETUNE_TEST_END"] == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+            signal_self(signal.SIGKILL)
         os._exit(3)
 
 

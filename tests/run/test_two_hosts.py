@@ -16,8 +16,8 @@ from finetune.evaluation.validation import Validation
 from finetune.training.window import Window
 from harness.compare import differing, history, newest_step, relative_difference, valid_checkpoints, weights
 from harness.configs import EVALUATED_STEPS, ROOT, tiny_config, write_config, write_pictures
-from harness.faults import at_call, kill_at, signal_at
-from harness.hosts import CABLE, hide, hosts_are_possible, start_on, two_hosts
+from harness.faults import at_call, kill_at, mount_own, signal_at
+from harness.hosts import CABLE, hosts_are_possible, start_on, two_hosts
 from harness.processes import finish, nothing, run_two, start_command, wait_for
 
 pytestmark = [
@@ -72,7 +72,9 @@ def test_two_hosts_with_caches_of_their_own_make_the_run_of_one_host_to_the_last
 ):
     def before(process):
         datasets.config.HF_DATASETS_CACHE = str(tmp_path / f"cache-{process}")
-        hide(tmp_path / f"cache-{1 - process}")
+        of_the_other = tmp_path / f"cache-{1 - process}"
+        of_the_other.mkdir(exist_ok=True)
+        mount_own(of_the_other)  # which would be on that host's disk
 
     output_dir = tmp_path / "run"
     finished(hosts, *on_two, f"output_dir={output_dir}", folder=tmp_path, before=before)
