@@ -1,8 +1,6 @@
 """train.py from a config to a pipeline: the README's job, the notebook recipes, objectives, two processes, bf16."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +14,8 @@ from harness.compare import curves, history, unequal, untimed, weights
 from harness.configs import ROOT, UNET, tiny_config, write_config, write_pictures
 from harness.digits import read, run_job
 from harness.faults import draw_the_curve, skip_the_export
-from harness.processes import finish, run, run_two
+from harness.processes import finish, run, run_two, start_command
+from harness.supervisors import PYTHON
 
 CURVES = {  # colours of loss_curve.png: matplotlib's tab:blue, tab:orange, tab:green, tab:red
     "train/loss_smoothed": (31, 119, 180),
@@ -42,9 +41,10 @@ def drawn(folder, count=200):
 
 @pytest.mark.slow
 def test_the_libraries_warn_of_nothing_when_they_are_imported():
-    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0
-    assert done.stderr == ""
+    started = start_command(*PYTHON, "--help")
+    _, errors = started.communicate(timeout=120)
+    assert started.returncode == 0
+    assert errors == ""
 
 
 @pytest.mark.slow

@@ -6,13 +6,11 @@ python tests/benchmarks/scale.py --only losses        # one of its tables
 python tests/benchmarks/scale.py --short              # the smallest sizes: does it run
 """
 
-import io
 import json
 import os
 import time
 import tracemalloc
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,7 +26,6 @@ from checkpointing import saving_in_parts
 from memory import compare_shares
 from table import head, row
 
-import train
 from finetune.config.load import load_config
 from finetune.core.batch import BatchLayout
 from finetune.core.randomness import GOLDEN_RATIO_FRACTION, conditions_dropped, timesteps, uniform
@@ -38,7 +35,7 @@ from finetune.data.order import WindowSampler, make_order
 from finetune.data.pixels import FEATURES, Images, pixel_row
 from finetune.data.sources import open_source
 from harness.faults import skip_the_export
-from harness.processes import forget_processes
+from harness.in_process import train_here
 
 ORDERS = "full", "blocks"
 LAYOUT = BatchLayout(16, 4, 1)  # updates of 64
@@ -149,7 +146,7 @@ def losses(short: bool) -> None:
             options |= {"validation.images": 4} if short else {}
             overrides = [length, *(f"{key}={value}" for key, value in options.items())]
             config = load_config(ROOT / "configs/digits.yaml", overrides)
-            quietly(lambda config=config: train.main(config))
+            train_here(config)
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
             losses = [line["validation/loss_ema"] for line in lines if "validation/loss_ema" in line]
             found[name, source, seed] = losses[-1]
@@ -158,12 +155,6 @@ def losses(short: bool) -> None:
         apart = [found[name, source, seed] / found["full", source, seed] - 1 for seed in seeds]
         what = f"{name}{', sorted by class' if source == by_class else ''}"
         row(what, f"{mean(ends):.5f} ± {stdev(ends):.5f}", f"{mean(apart):+.2%} ± {stdev(apart):.2%}")
-
-
-def quietly(action: Callable[[], object]) -> None:
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        action()
-    forget_processes()
 
 
 def reading(short: bool) -> None:
