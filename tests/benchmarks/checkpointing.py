@@ -1,4 +1,4 @@
-"""What a save costs beside a plain write of the same bytes, and how soon a run trains, fresh or resumed.
+"""What a save costs beside a plain write of the same bytes, or in parts, and how soon a run trains, fresh or resumed.
 
 python tests/benchmarks/checkpointing.py            # under three minutes on two CPU cores
 python tests/benchmarks/checkpointing.py --short    # the smallest sizes: does it run
@@ -76,7 +76,7 @@ def saving(unet: dict, rounds: int) -> None:
 
 
 def saving_in_parts(short: bool) -> None:
-    """Two processes that each write their part, against the first of two writing everything (see `scale.py`)."""
+    """Two processes that each write their part, against the first of two writing everything."""
     head("saves of two processes")
     (unet, rounds), found = saved(short), {}
     for shard in ("true", "false"):
@@ -158,6 +158,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(machine())
     os.chdir(ROOT)  # configs/digits.yaml names its base relative to it
+    saving_in_parts(short)
     head("saving and starting")
     starting(*((1, 1) if short else (5, 60)), short)
     saving(*saved(short))

@@ -1,16 +1,13 @@
-"""What many images and large models cost: an epoch's order at 1, 10 and 100 million, how well it mixes and how it reads
-from a disk; memory and saves of two processes that hold a part of the model each.
+"""What many images cost: an epoch's order at 1, 10 and 100 million, how well it mixes and how it reads from a disk.
 
-python tests/benchmarks/scale.py                      # about eleven minutes on one CPU core
+python tests/benchmarks/scale.py                      # about eight minutes on one CPU core
 python tests/benchmarks/scale.py --only losses        # one of its tables
 python tests/benchmarks/scale.py --short              # the smallest sizes: does it run
 """
 
 import json
 import os
-import time
 import tracemalloc
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,8 +19,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from checkpointing import saving_in_parts
-from memory import compare_shares
+from bare import seconds
 from table import head, row
 
 from finetune.config.load import load_config
@@ -39,12 +35,6 @@ from harness.in_process import train_here
 
 ORDERS = "full", "blocks"
 LAYOUT = BatchLayout(16, 4, 1)  # updates of 64
-
-
-def seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 def costs(short: bool) -> None:
@@ -193,7 +183,7 @@ def bytes_from_disk() -> int:
     return int(fields["read_bytes"])
 
 
-TABLES = {table.__name__: table for table in (costs, draws, mixing, losses, reading, compare_shares, saving_in_parts)}
+TABLES = {table.__name__: table for table in (costs, draws, mixing, losses, reading)}
 
 
 def main() -> None:
