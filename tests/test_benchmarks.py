@@ -23,6 +23,7 @@ ROWS = {  # command -> the first cell of each row that it prints
     ],
     "speed --compile --short": ["the first pass", "UNet of 0.045 M at 8 px, 16 images"],
     "checkpointing --short": [
+        "a save in two parts over one by one process",
         *("command to first update over bare imports and model", "resumed at update 1 over fresh"),
         *("a save over a plain write and sync", "saves at the default interval, updates of 0.4 s"),
     ],
@@ -58,7 +59,7 @@ ROWS = {  # command -> the first cell of each row that it prints
         *("64", "16384"),
     ],
     "memory --short": [
-        *("gradient checkpointing", "saves, or none"),
+        *("gradient checkpointing", "saves, or none", "training.shard"),
     ],
     "scale --short": [
         *("100,000, full", "100,000, blocks"),
@@ -68,8 +69,6 @@ ROWS = {  # command -> the first cell of each row that it prints
         *(f"variance of a class's images in {size} in a row, of a sorted source" for size in ("64", "1,024", "16,384")),
         *("full", "blocks", "full, sorted by class", "blocks, sorted by class"),
         *("full, 100 of them", "blocks, 2,000 of them"),
-        "training.shard",
-        "a save in two parts over one by one process",
     ],
     "shapes --short": [
         *("1", "3", "5", "7"),

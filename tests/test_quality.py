@@ -1,12 +1,14 @@
 """The quality of samples, measured during a run, and the best checkpoint kept by it."""
 
 import json
+from functools import partial
 
 import pytest
 
+from finetune.evaluation.quality import Quality
 from harness.compare import history, valid_checkpoints
 from harness.configs import EVALUATED_STEPS, evaluated_config, of_kind, write_config, write_pictures
-from harness.faults import at_call
+from harness.faults import kill_at
 from harness.features import save_resnet
 from harness.processes import finish, run, run_two
 from harness.shapes import SHAPES, write_shapes
@@ -78,10 +80,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(base, tmp_path, best):
     """Distances that a test chooses: the lowest at one step, and a lower one before any update, which is no step."""
 
     def before():
-        from finetune.evaluation import quality
-
         kernel = iter(0.0 if step in (0, best) else 1.0 for step in (0, 2, 4, 6))
-        quality.Quality.distances = lambda *_: {"kernel_distance": next(kernel), "frechet_distance": 1.0}
+        Quality.distances = lambda *_: {"kernel_distance": next(kernel), "frechet_distance": 1.0}
 
     finish("--config", base / "config.yaml", f"output_dir={tmp_path / 'run'}", folder=tmp_path, before=before)
     assert valid_checkpoints(tmp_path / "run") == sorted({best, EVALUATED_STEPS})  # keep is 1
@@ -91,16 +91,9 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(base, tmp_path, best):
 
 @pytest.mark.slow
 def test_a_run_killed_while_it_is_measured_resumes_with_the_same_distances(base, tmp_path):
-    def before():
-        import os
-        import signal
-
-        from finetune.evaluation.quality import Quality
-
-        at_call(Quality, "distances", 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
-
     command = ("--config", base / "config.yaml", f"output_dir={tmp_path / 'run'}")
-    assert run(*command, folder=tmp_path, before=before).returncode == -9
+    killed = run(*command, folder=tmp_path, before=partial(kill_at, Quality, "distances", 3))
+    assert killed.returncode == -9
     finish(*command, folder=tmp_path)
     assert measured(tmp_path / "run") == measured(base / "run")
 

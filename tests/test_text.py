@@ -24,7 +24,7 @@ from finetune.data.store import Store
 from finetune.evaluation.validation import Validation
 from finetune.run import evaluator
 from finetune.training.window import Window
-from harness.compare import differing, history, weights
+from harness.compare import differing, history, unequal, weights
 from harness.configs import EVALUATED_STEPS, ROOT, evaluated_config, of_kind, write_config, write_pictures
 from harness.faults import kill_at
 from harness.processes import finish, run, run_two
@@ -72,15 +72,10 @@ def test_the_export_is_the_pipeline_that_it_came_from_with_averaged_weights(expo
     assert type(pipeline) is {"text": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind]
     origin = DiffusionPipeline.from_pretrained(base / f"pictures-{kind}")
     averaged = weights(base / "run", EVALUATED_STEPS, "ema")
-    exported = dict(pipeline.unet.named_parameters())
-    assert exported.keys() == averaged.keys()
-    assert all(torch.equal(exported[name], averaged[name]) for name in averaged)
+    assert unequal(dict(pipeline.unet.named_parameters()), averaged) == []
     assert not torch.equal(pipeline.unet.conv_in.weight, origin.unet.conv_in.weight)
     for part in ("vae", "text_encoder"):
-        pairs = zip(
-            getattr(pipeline, part).state_dict().values(), getattr(origin, part).state_dict().values(), strict=True
-        )
-        assert all(torch.equal(one, other) for one, other in pairs)
+        assert unequal(*(getattr(loaded, part).state_dict() for loaded in (pipeline, origin))) == []
     assert pipeline.tokenizer("a cat").input_ids == origin.tokenizer("a cat").input_ids
     assert type(pipeline.scheduler) is type(origin.scheduler)
 

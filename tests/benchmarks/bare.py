@@ -4,10 +4,8 @@ What is compared takes turns, update by update, in one process: other load on th
 ratio holds.
 """
 
-import io
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from statistics import median
 
@@ -17,11 +15,10 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 
-import train
 from finetune.config.schema import Config
 from finetune.run.run import Run
 from harness.configs import KINDS, tiny_config, write_pictures
-from harness.processes import forget_processes
+from harness.in_process import train_here
 
 
 def unet_config(channels: tuple[int, ...] = (32, 64, 64), size: int = 32) -> dict:
@@ -79,13 +76,6 @@ class _MeasuredError(BaseException):
     """Ends a run that was measured; nothing in the trainer catches it."""
 
 
-class _Terminal(io.StringIO):
-    """A stream that the progress bar takes for a terminal, so that it is drawn as often as a user would see it."""
-
-    def isatty(self) -> bool:
-        return True
-
-
 def seconds(action: Callable[[], object]) -> float:
     started = time.perf_counter()
     action()
@@ -112,15 +102,12 @@ def beside_the_trainer(config: Config, other: Callable[[], object], updates: int
         since = time.perf_counter()
 
     Run.evaluate = taking_turns
-    forget_processes()
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(_Terminal()):
-            train.main(config)
+        train_here(config)
     except _MeasuredError:
         pass
     finally:
         Run.evaluate = evaluate
-        forget_processes()
     return found[2:]
 
 

@@ -1,16 +1,14 @@
-"""What a save costs beside a plain write of the same bytes, and how soon a run trains, fresh or resumed.
+"""What a save costs beside a plain write of the same bytes, or in parts, and how soon a run trains, fresh or resumed.
 
 python tests/benchmarks/checkpointing.py            # under three minutes on two CPU cores
 python tests/benchmarks/checkpointing.py --short    # the smallest sizes: does it run
 """
 
-import io
 import os
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,10 +19,10 @@ import torch
 from bare import ratio, run_config, seconds, unet_config
 from table import head, row
 
-import train
 from finetune.run import checkpoint
 from harness.configs import write_config
 from harness.faults import skip_the_export
+from harness.in_process import train_here
 from harness.processes import finish, run_two, start_several
 
 DIGITS = ["--config", "configs/digits.yaml", "validation.every_steps=100000", "samples.count=0", "data.num_workers=0"]
@@ -69,8 +67,7 @@ def saving(unet: dict, rounds: int) -> None:
         "saving", unet, 8, training__micro_batch_size=1, training__gradient_accumulation_steps=1,
         training__num_epochs=None, training__max_train_steps=rounds + 1, checkpoint__every_steps=1,
     )  # fmt: skip
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        train.main(config)
+    train_here(config)
     checkpoint.save = save
     save_seconds, plain_seconds = (median(times) for times in zip(*found[1:], strict=True))
     size = f"{sizes[0] / 1e6:.0f} MB: {save_seconds:.2f} : {plain_seconds:.2f} s"
@@ -79,7 +76,7 @@ def saving(unet: dict, rounds: int) -> None:
 
 
 def saving_in_parts(short: bool) -> None:
-    """Two processes that each write their part, against the first of two writing everything (see `scale.py`)."""
+    """Two processes that each write their part, against the first of two writing everything."""
     head("saves of two processes")
     (unet, rounds), found = saved(short), {}
     for shard in ("true", "false"):
@@ -161,6 +158,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(machine())
     os.chdir(ROOT)  # configs/digits.yaml names its base relative to it
+    saving_in_parts(short)
     head("saving and starting")
     starting(*((1, 1) if short else (5, 60)), short)
     saving(*saved(short))

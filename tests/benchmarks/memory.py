@@ -1,6 +1,6 @@
 """How much memory training takes at its peak, and how much `--check` says that it will take.
 
-    python tests/benchmarks/memory.py            # about six minutes on two CPU cores
+    python tests/benchmarks/memory.py            # about eight minutes on two CPU cores
     python tests/benchmarks/memory.py --short
 
 Each figure is the peak resident memory of an interpreter of its own, with the C allocator's default settings. It is
@@ -64,7 +64,7 @@ def planned(short: bool, file: Path, *overrides: str, processes: int = 1) -> flo
 
 
 def compare_shares(short: bool) -> None:
-    """Two processes, of which each holds all, or its share (see `scale.py`). To the end of the export, with an average
+    """Two processes, of which each holds all, or its share. To the end of the export, with an average
     and saves."""
     network, found = unet_config((8, 16), 8) if short else WIDE, {}
     file = config_file("shared", network, 2, 2, 2, images=8, logging__tracker=None)
@@ -147,6 +147,7 @@ def main() -> None:
     short = parser(__doc__).parse_args().short
     compare_plans(short)
     compare_pairs(short)
+    compare_shares(short)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,13 @@
-"""What many images and large models cost: an epoch's order at 1, 10 and 100 million, how well it mixes and how it reads
-from a disk; memory and saves of two processes that hold a part of the model each.
+"""What many images cost: an epoch's order at 1, 10 and 100 million, how well it mixes and how it reads from a disk.
 
-python tests/benchmarks/scale.py                      # about eleven minutes on one CPU core
+python tests/benchmarks/scale.py                      # about eight minutes on one CPU core
 python tests/benchmarks/scale.py --only losses        # one of its tables
 python tests/benchmarks/scale.py --short              # the smallest sizes: does it run
 """
 
-import io
 import json
 import os
-import time
 import tracemalloc
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,11 +19,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from checkpointing import saving_in_parts
-from memory import compare_shares
+from bare import seconds
 from table import head, row
 
-import train
 from finetune.config.load import load_config
 from finetune.core.batch import BatchLayout
 from finetune.core.randomness import GOLDEN_RATIO_FRACTION, conditions_dropped, timesteps, uniform
@@ -38,16 +31,10 @@ from finetune.data.order import WindowSampler, make_order
 from finetune.data.pixels import FEATURES, Images, pixel_row
 from finetune.data.sources import open_source
 from harness.faults import skip_the_export
-from harness.processes import forget_processes
+from harness.in_process import train_here
 
 ORDERS = "full", "blocks"
 LAYOUT = BatchLayout(16, 4, 1)  # updates of 64
-
-
-def seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 def costs(short: bool) -> None:
@@ -149,7 +136,7 @@ def losses(short: bool) -> None:
             options |= {"validation.images": 4} if short else {}
             overrides = [length, *(f"{key}={value}" for key, value in options.items())]
             config = load_config(ROOT / "configs/digits.yaml", overrides)
-            quietly(lambda config=config: train.main(config))
+            train_here(config)
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
             losses = [line["validation/loss_ema"] for line in lines if "validation/loss_ema" in line]
             found[name, source, seed] = losses[-1]
@@ -158,12 +145,6 @@ def losses(short: bool) -> None:
         apart = [found[name, source, seed] / found["full", source, seed] - 1 for seed in seeds]
         what = f"{name}{', sorted by class' if source == by_class else ''}"
         row(what, f"{mean(ends):.5f} ± {stdev(ends):.5f}", f"{mean(apart):+.2%} ± {stdev(apart):.2%}")
-
-
-def quietly(action: Callable[[], object]) -> None:
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        action()
-    forget_processes()
 
 
 def reading(short: bool) -> None:
@@ -202,7 +183,7 @@ def bytes_from_disk() -> int:
     return int(fields["read_bytes"])
 
 
-TABLES = {table.__name__: table for table in (costs, draws, mixing, losses, reading, compare_shares, saving_in_parts)}
+TABLES = {table.__name__: table for table in (costs, draws, mixing, losses, reading)}
 
 
 def main() -> None:

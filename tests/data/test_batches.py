@@ -11,6 +11,7 @@ from finetune.data.order import Slot, WindowSampler, epoch_order
 from finetune.data.pixels import Images
 from finetune.data.workers import make_loader
 from harness.batches import SLOTS, batches, wide_images
+from harness.compare import unequal
 
 
 def test_a_batch_holds_pixels_noise_timesteps_and_weights_of_its_slots():
@@ -81,8 +82,7 @@ def test_a_sample_is_the_same_in_every_batch(positions, size, flip):
     read = batches(wide_images(12), crop="random", flip=flip)
     whole = read.__getitems__(slots)
     parts = [read.__getitems__(slots[start : start + size]) for start in range(0, len(slots), size)]
-    for name, tensor in whole.items():
-        assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
+    assert unequal(whole, {name: torch.cat([part[name] for part in parts]) for name in whole}) == []
 
 
 def test_a_seek_does_not_read_earlier_images(monkeypatch):

@@ -26,8 +26,9 @@ from finetune.data.pixels import FEATURES, SHAPED_FEATURES, Images, Original, pi
 from finetune.data.store import Store, key
 from harness.batches import as_images
 from harness.batches import batches as pixel_batches
+from harness.compare import unequal
 from harness.configs import of_kind, tiny_config, write_config, write_pictures
-from harness.faults import skip_the_export
+from harness.faults import failing_at, skip_the_export
 from harness.processes import run_several, run_two
 
 ARRAYS = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
@@ -113,7 +114,7 @@ def test_a_latent_is_the_mean_and_a_keyed_draw_of_the_deviation(accelerator):
         noise = randomness.noise(7, slot.epoch, slot.position, (1, 4, 2))
         assert torch.equal(batch["noise"][place], noise)
     alone = batches(encodings).__getitems__(slots[1:2])
-    assert all(torch.equal(alone[name][0], batch[name][1]) for name in alone)
+    assert unequal(alone, {name: tensor[1:2] for name, tensor in batch.items()}) == []
     assert batch["weights"].tolist() == [1.0, 1.0, 0.0]
 
 
@@ -191,19 +192,8 @@ class Killed(BaseException):
 def test_an_interrupted_run_continues_with_the_next_piece(accelerator, monkeypatch):
     """In pieces of two images: after the first one the process dies, and leaves three to be made."""
     monkeypatch.setattr(Store, "piece", property(lambda store: 2))
-    encoders, write, written = Halving(), Store.write, []
-
-    def dying(store, keys, entries):
-        if len(written) == 4:  # three pieces of texts, one of images
-            raise Killed
-        written.append(len(keys))
-        write(store, keys, entries)
-
-    monkeypatch.setattr(Store, "write", dying)
-    with pytest.raises(Killed):
-        made(accelerator, encoders=encoders)
-    assert written == [2, 2, 2, 2]
-    monkeypatch.setattr(Store, "write", write)
+    with pytest.raises(Killed), failing_at(Store, "write", 5, Killed()):  # after three pieces of texts, one of images
+        made(accelerator)
     rest = find()
     assert (len(rest.missing_images), len(rest.missing_texts)) == (3, 0)
     rest.make(accelerator)
@@ -427,7 +417,7 @@ def test_a_store_gives_back_what_was_written(tmp_path_factory, names, piece):
     assert store.places.keys() == {*keys}
     for row, name in enumerate(keys):
         entry = store.read(name)
-        assert all(torch.equal(entry[field], values[field][row]) for field in values)
+        assert unequal(entry, {field: tensor[row] for field, tensor in values.items()}) == []
 
 
 @pytest.mark.parametrize(
@@ -561,8 +551,7 @@ def test_random_crops_are_left_to_the_model_with_the_draws_that_latents_would_ha
     encoded = batches(made(accelerator), random_flip=True, condition_dropout=0.25)
     encoded.flipped = lambda slot: False  # of which there are no entries
     expected = encoded.__getitems__(SLOTS[:40])
-    assert batch.keys() - {"images", "posterior"} == expected.keys() - {"latents"}
-    assert all(torch.equal(batch[name], expected[name]) for name in expected.keys() - {"latents"})
+    assert unequal(batch, expected) == ["images", "latents", "posterior"]
 
 
 def test_another_position_or_epoch_is_another_crop(accelerator):

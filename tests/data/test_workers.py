@@ -19,6 +19,8 @@ from finetune.data.order import WindowSampler
 from finetune.data.pixels import Images
 from finetune.data.workers import loader_problem, make_loader
 from harness.batches import SLOTS, batches, wide_images
+from harness.compare import unequal
+from harness.faults import signal_self
 
 
 def test_what_is_large_travels_in_one_block_of_shared_memory():
@@ -44,10 +46,7 @@ def test_a_batch_arrives_as_it_was_sent(tensors):
     batch = {str(place): torch.rand(shape).mul(9).to(dtype) for place, (dtype, shape) in enumerate(tensors)}
     unpack, parts = workers._Parcel(batch).__reduce__()
     arrived = unpack(*parts)
-    assert arrived.keys() == batch.keys()
-    for name, tensor in batch.items():
-        assert arrived[name].dtype == tensor.dtype
-        assert torch.equal(arrived[name], tensor)
+    assert unequal(arrived, batch) == []
 
 
 @pytest.mark.parametrize(("context", "num_workers"), [("fork", 2), pytest.param("spawn", 1, marks=pytest.mark.slow)])
@@ -68,7 +67,7 @@ def test_batches_from_workers_equal_those_of_the_main_process(context, num_worke
         torch.set_default_dtype(torch.float32)
     assert len(shared) == len(alone) == 6
     for one, other in zip(alone, shared, strict=True):
-        assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
+        assert unequal(one, other) == []
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -106,7 +105,7 @@ class DyingBatches(Batches):
 
     def __getitems__(self, slots):
         if os.environ["FINETUNE_TEST_END"] == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+            signal_self(signal.SIGKILL)
         os._exit(3)
 
 

@@ -1,6 +1,7 @@
 """What runs leave behind, and how far apart two of them are."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -96,13 +97,16 @@ def valid_checkpoints(output_dir: Path) -> list[int]:
     return sorted(int(folder.name.split("-")[1]) for folder in saved)
 
 
+def unequal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors that are not the same to the last bit and of one type, or that only one of the two has."""
+    shared = one.keys() & other.keys()
+    same = {name for name in shared if one[name].dtype == other[name].dtype and torch.equal(one[name], other[name])}
+    return sorted((one.keys() | other.keys()) - same)
+
+
 def differing(one: Path, other: Path, step: int) -> list[str]:
     """In what two runs are not the same to the last bit: weights, averages, TensorBoard's curves, metrics.jsonl."""
-    found = []
-    for part in ("model", "ema"):
-        expected, seen = weights(one, step, part), weights(other, step, part)
-        if expected.keys() != seen.keys() or not all(torch.equal(expected[name], seen[name]) for name in expected):
-            found.append(part)
+    found = [part for part in ("model", "ema") if unequal(weights(one, step, part), weights(other, step, part))]
     return found + [read.__name__ for read in (curves, untimed) if read(one) != read(other)]
 
 

@@ -9,8 +9,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import huggingface_hub
@@ -35,6 +37,18 @@ def at_call(owner: object, name: str, call: int, act: Callable[[], None], after:
         return result
 
     setattr(owner, name, watched)
+
+
+@contextmanager
+def failing_at(owner: object, name: str, call: int, error: BaseException) -> Iterator[None]:
+    """The call-th call of a function raises an error and does nothing else. Afterwards the function is as it was."""
+
+    def fail() -> None:
+        raise error
+
+    with mock.patch.object(owner, name, getattr(owner, name)):
+        at_call(owner, name, call, fail)
+        yield
 
 
 def signal_self(*numbers: int) -> None:

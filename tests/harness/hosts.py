@@ -12,8 +12,7 @@ from pathlib import Path
 
 from harness.processes import Training, nothing
 
-_NEW_NET, _NEW_UTS, _NEW_MOUNTS = 0x40000000, 0x04000000, 0x00020000  # of <linux/sched.h>
-_PRIVATE_BELOW = 0x00044000  # MS_REC | MS_PRIVATE of <sys/mount.h>
+_NEW_NET, _NEW_UTS = 0x40000000, 0x04000000  # of <linux/sched.h>
 _CABLE = "cable0"
 CABLE = {"GLOO_SOCKET_IFNAME": _CABLE}  # for the environment of a command on one of them
 
@@ -39,15 +38,6 @@ class Host:
     def cable(self, state: str) -> None:
         """The host's end of the cable is `up` or `down`; nobody is told."""
         _ip("-n", self.name, "link", "set", _CABLE, state)
-
-
-def hide(folder: Path) -> None:
-    """This process, and what it starts, finds a folder empty from here on, as one on another host's disk."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.unshare(_NEW_MOUNTS) == 0
-    assert libc.mount(None, b"/", None, _PRIVATE_BELOW, None) == 0
-    folder.mkdir(exist_ok=True)
-    assert libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, None) == 0
 
 
 @contextmanager

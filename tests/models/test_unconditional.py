@@ -12,6 +12,7 @@ from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
 from finetune.models.load import load_kind
 from finetune.models.unconditional import Unconditional
+from harness.compare import unequal
 from harness.configs import UNET
 
 # The architecture of google/ddpm-celebahq-256 and its kin, with fewer channels and pixels.
@@ -55,8 +56,7 @@ def load(resolution=None, seed=0, **config) -> Unconditional:
 def test_pretrained_pipelines_load_as_they_were_saved(celebahq, layout):
     base, pipeline = celebahq
     kind = load(pretrained=str(base / layout))
-    for name, tensor in pipeline.unet.state_dict().items():
-        assert torch.equal(kind.network.state_dict()[name], tensor), name
+    assert unequal(pipeline.unet.state_dict(), kind.network.state_dict()) == []
     assert kind.network.training
     assert kind.noise_scheduler.config.beta_end == 0.01
     assert type(kind.noise_scheduler) is DDPMScheduler
@@ -75,8 +75,7 @@ def test_a_pipeline_that_has_only_a_variant_is_loaded_from_it(celebahq, tmp_path
             shutil.rmtree(tmp_path / part)
     assert not list(tmp_path.rglob("diffusion_pytorch_model.safetensors"))
     found = load(pretrained=str(tmp_path)).trainable()
-    for name, weight in half.unet.named_parameters():
-        assert torch.equal(found[name], weight.float()), name
+    assert unequal(found, {name: weight.float() for name, weight in half.unet.named_parameters()}) == []
 
 
 def test_full_weights_are_preferred_to_a_variant(celebahq, tmp_path):
@@ -102,8 +101,8 @@ def test_config_overrides_the_pretrained_noise_scheduler(celebahq):
 def test_initial_weights_depend_on_the_seed_alone():
     before = torch.get_rng_state()
     one, two, other = (load(unet=UNET, seed=seed).network.state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not all(torch.equal(one[name], other[name]) for name in one)
+    assert unequal(one, two) == []
+    assert unequal(one, other) != []
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from finetune.core.errors import UserError
 from finetune.run import checkpoint, manifest
 from harness.checkpoints import DAMAGE, FILES, FOREIGN, empty
+from harness.faults import failing_at
 
 
 def test_loading_restores_what_was_saved(save, accelerator):
@@ -87,14 +88,10 @@ def test_a_foreign_file_that_appears_while_saving_is_not_listed(save, monkeypatc
 
 
 @pytest.mark.parametrize(("owner", "name"), [(manifest, "seal"), (checkpoint, "save_file")])
-def test_a_failed_save_leaves_the_checkpoint_before_and_nothing_else(save, tmp_path, monkeypatch, owner, name):
+def test_a_failed_save_leaves_the_checkpoint_before_and_nothing_else(save, tmp_path, owner, name):
     good = save(1)
-
-    def full(*arguments, **keywords):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(owner, name, full)
-    with pytest.raises(UserError, match=r"checkpoint-2: cannot be written \(No space left on device") as failure:
+    full, line = OSError(28, "No space left on device"), r"checkpoint-2: cannot be written \(No space left on device"
+    with pytest.raises(UserError, match=line) as failure, failing_at(owner, name, 1, full):
         save(2)
     assert failure.value.exit_code == 1
     assert os.listdir(tmp_path) == [good.name]

@@ -86,7 +86,7 @@ def test_one_killed_worker_of_two_ends_the_launch(config, tmp_path):
 def test_a_terminal_that_is_closed_stops_the_run_and_it_is_saved(config, tmp_path):
     """The kernel sends SIGHUP, and what is printed to the terminal afterwards fails."""
     output_dir = tmp_path / "run"
-    pid, terminal = pty.fork()
+    pid, terminal = pty.fork()  # and not start_command: the terminal has to be the one that controls the session
     if pid == 0:
         default_signals()
         os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")

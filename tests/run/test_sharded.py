@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.run import checkpoint, manifest, shards
 from harness.checkpoints import empty, flip_a_bit, parts, remove, truncate
-from harness.compare import differences, differing, history, moments, valid_checkpoints, weights
+from harness.compare import differences, differing, history, moments, unequal, valid_checkpoints, weights
 from harness.configs import (
     EVALUATED_STEPS,
     evaluated_config,
@@ -101,9 +101,7 @@ def test_a_stopped_run_resumes_bit_exactly(base, tmp_path):
     assert f"Resuming from {tmp_path / 'run/checkpoint-4'}: step 4 of {STEPS}." in resumed.stdout
     assert differing(base / "run", tmp_path / "run", STEPS) == []
     for name in ("exp_avg", "exp_avg_sq", "step"):
-        expected, found = (moments(folder / "run", STEPS, name) for folder in (base, tmp_path))
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[key], found[key]) for key in expected)
+        assert unequal(*(moments(folder / "run", STEPS, name) for folder in (base, tmp_path))) == []
 
 
 @pytest.mark.slow
@@ -172,8 +170,7 @@ def test_the_export_is_the_whole_average(evaluated, tmp_path, kind):
     average = weights(base / "run", valid_checkpoints(base / "run")[-1], "ema")
     folder = base / "run/pipeline/unet"
     exported = load_file(folder / "diffusion_pytorch_model.safetensors")
-    assert exported.keys() == average.keys()
-    assert all(torch.equal(exported[name], average[name]) for name in average)
+    assert unequal(exported, average) == []
     network = UNet2DConditionModel if kind == "text" else UNet2DModel
     assert json.loads((folder / "config.json").read_text())["_class_name"] == network.__name__
     network.from_pretrained(folder)

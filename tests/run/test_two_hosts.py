@@ -17,8 +17,8 @@ from finetune.evaluation.validation import Validation
 from finetune.training.window import Window
 from harness.compare import differing, history, newest_step, relative_difference, valid_checkpoints, weights
 from harness.configs import EVALUATED_STEPS, ROOT, of_kind, tiny_config, write_config, write_pictures
-from harness.faults import at_call, kill_at, signal_at
-from harness.hosts import CABLE, hide, hosts_are_possible, start_on, two_hosts
+from harness.faults import at_call, kill_at, mount_own, signal_at
+from harness.hosts import CABLE, hosts_are_possible, start_on, two_hosts
 from harness.processes import finish, nothing, run_two, start_command, wait_for
 
 pytestmark = [
@@ -68,14 +68,17 @@ def wait_for_file(file, seconds=30):
         time.sleep(0.02)
 
 
+def use_own_cache(tmp_path, process):
+    datasets.config.HF_DATASETS_CACHE = str(tmp_path / f"cache-{process}")
+    of_the_other = tmp_path / f"cache-{1 - process}"
+    of_the_other.mkdir(exist_ok=True)
+    mount_own(of_the_other)  # which would be on that host's disk
+
+
 def test_two_hosts_with_caches_of_their_own_make_the_run_of_one_host_to_the_last_bit(
     undisturbed, on_two, hosts, tmp_path
 ):
-    def before(process):
-        datasets.config.HF_DATASETS_CACHE = str(tmp_path / f"cache-{process}")
-        hide(tmp_path / f"cache-{1 - process}")
-
-    output_dir = tmp_path / "run"
+    output_dir, before = tmp_path / "run", partial(use_own_cache, tmp_path)
     finished(hosts, *on_two, f"output_dir={output_dir}", folder=tmp_path, before=before)
     assert differing(undisturbed / "two", output_dir, EVALUATED_STEPS) == []
     first, second = (sorted(file.name for file in (tmp_path / f"cache-{n}").rglob("*.arrow")) for n in (0, 1))
@@ -94,8 +97,7 @@ def test_two_hosts_with_caches_of_their_own_encode_what_one_host_does(hosts, tmp
         again = output_dir == "again"
 
         def before(process, again=again):
-            datasets.config.HF_DATASETS_CACHE = str(tmp_path / f"cache-{process}")
-            hide(tmp_path / f"cache-{1 - process}")
+            use_own_cache(tmp_path, process)
             if again:
                 Store.write = None
 

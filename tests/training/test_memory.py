@@ -31,7 +31,7 @@ from finetune.training.memory import (
 )
 from finetune.training.trial_pass import activation_bytes
 from harness import faults
-from harness.compare import differences
+from harness.compare import differences, unequal
 from harness.configs import UNET, tiny_config, write_config, write_pictures
 from harness.faults import at_call, limit_images, limit_pixels, skip_the_export
 from harness.pipelines import save_pipeline, vae
@@ -92,15 +92,14 @@ def test_measuring_changes_neither_weights_nor_buffers_gradients_or_generators(o
     for weight in kind.network.parameters():
         weight.grad = torch.randn_like(weight)
     before = {name: tensor.clone() for name, tensor in kind.network.state_dict().items()}
-    gradients = [weight.grad.clone() for weight in kind.network.parameters()]
+    gradients = {name: weight.grad.clone() for name, weight in kind.network.named_parameters()}
     drawn = torch.get_rng_state()
     assert "conv_in.1.running_mean" in before
     limit_images(lambda count: count > limit, "backward")
     with suppress(UserError):  # the plan of a micro-batch that does not fit
         measure(one_process, kind)
-    assert all(torch.equal(before[name], tensor) for name, tensor in kind.network.state_dict().items())
-    kept = [weight.grad for weight in kind.network.parameters()]
-    assert all(torch.equal(one, other) for one, other in zip(gradients, kept, strict=True))
+    assert unequal(before, kind.network.state_dict()) == []
+    assert unequal(gradients, {name: weight.grad for name, weight in kind.network.named_parameters()}) == []
     assert torch.equal(torch.get_rng_state(), drawn)
 
 

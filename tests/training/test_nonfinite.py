@@ -13,7 +13,7 @@ from finetune.data.order import epoch_order
 from finetune.run.recovery import SKIP_LIMIT
 from finetune.run.run import Run
 from finetune.training.window import Window
-from harness.compare import differing, history, moments, valid_checkpoints, weights
+from harness.compare import differing, history, moments, unequal, valid_checkpoints, weights
 from harness.faults import skip_the_export
 from harness.processes import finish, run, run_two
 from harness.undisturbed import command, undisturbed
@@ -61,10 +61,6 @@ def culprits(positions, epoch=1):
     return f"images {images} at timesteps {timesteps(3, epoch, positions, 100, 'stratified').tolist()}. "
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def skipped_updates(run_dir):
     return [line.get("train/skipped_updates") for line in history(run_dir)]
 
@@ -81,7 +77,7 @@ def test_stop_names_the_images_and_leaves_the_run_as_it_was(base, tmp_path, posi
     assert f"of {len(positions)} of 8 losses" in ended.error
     assert valid_checkpoints(run_dir) == [1, 2, 3, 4]
     for part in ("model", "ema"):
-        assert same(weights(run_dir, BAD - 1, part), weights(base / "run", BAD - 1, part))
+        assert unequal(weights(run_dir, BAD - 1, part), weights(base / "run", BAD - 1, part)) == []
     assert [point["step"] for point in history(run_dir)] == [1, 2, 3, 4]
     finish(*command(base, run_dir), folder=tmp_path, before=skip_the_export)  # the cause is gone
     assert differing(base / "run", run_dir, STEPS) == []
@@ -91,10 +87,10 @@ def test_skip_leaves_out_the_update_and_counts_it(base, tmp_path):
     run_dir = tmp_path / "run"
     finish(*command(base, run_dir, *settings(nonfinite_loss="skip")), folder=tmp_path, before=lambda: spoil([10]))
     for part in ("model", "ema"):
-        assert same(weights(run_dir, BAD, part), weights(run_dir, BAD - 1, part))
-        assert not same(weights(run_dir, BAD + 1, part), weights(run_dir, BAD, part))
+        assert unequal(weights(run_dir, BAD, part), weights(run_dir, BAD - 1, part)) == []
+        assert unequal(weights(run_dir, BAD + 1, part), weights(run_dir, BAD, part)) != []
     for name in ("exp_avg", "exp_avg_sq", "step"):
-        assert same(moments(run_dir, BAD, name), moments(run_dir, BAD - 1, name))
+        assert unequal(moments(run_dir, BAD, name), moments(run_dir, BAD - 1, name)) == []
     lines = history(run_dir)
     applied_before = [step - 1 if step <= BAD else step - 2 for step in range(1, STEPS + 1)]
     rates = [RATE * (1 - applied / STEPS) for applied in applied_before]
@@ -118,7 +114,7 @@ def test_skip_ends_the_run_after_a_limit(base, tmp_path):
     assert SKIP_LIMIT == 25
     assert ended.error.startswith("step 29: found loss nan, gradient norm nan, 26 updates in a row, expected finite ")
     assert valid_checkpoints(run_dir) == [10, 20]
-    assert same(weights(run_dir, 10), weights(run_dir, 20))
+    assert unequal(weights(run_dir, 10), weights(run_dir, 20)) == []
 
 
 @pytest.mark.slow
@@ -143,8 +139,8 @@ def test_both_processes_react_if_one_of_them_finds_it(base, tmp_path, process, r
         assert valid_checkpoints(run_dir) == [1, 2, 3, 4]
     else:
         assert [main.returncode, other.returncode] == [0, 0], main.stderr + other.stderr
-        assert same(weights(run_dir, BAD), weights(run_dir, BAD - 1))
-        assert not same(weights(run_dir, BAD + 1), weights(run_dir, BAD))
+        assert unequal(weights(run_dir, BAD), weights(run_dir, BAD - 1)) == []
+        assert unequal(weights(run_dir, BAD + 1), weights(run_dir, BAD)) != []
         assert skipped_updates(run_dir) == [None] * 4 + [1] * 8
 
 
