@@ -81,8 +81,11 @@ def test_a_named_checkpoint_must_be_valid(save, tmp_path):
     flip_a_bit(folder / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors"):
         find(tmp_path, folder)
-    with pytest.raises(UserError, match=r"manifest\.json"):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match=r"nothing is not a valid checkpoint: it has no manifest\.json"):
         find(tmp_path, tmp_path / "nothing")
+    with pytest.raises(UserError, match="found always, which is no folder; expected auto, never or a checkpoint"):
+        find(tmp_path, "always")
 
 
 def test_a_named_checkpoint_with_newer_ones_beside_it_is_refused(save, tmp_path):
