@@ -250,8 +250,9 @@ def test_the_digits_job_draws_the_digit_that_is_asked_for(tmp_path):
     run_job("digits-classes.yaml", tmp_path / "run", "samples.count=0", "validation.every_steps=150")
     assert share_read(tmp_path / "run/pipeline", 2.0) >= 0.97
     assert share_read(tmp_path / "run/pipeline", 1.0) >= 0.85
-    validation = [line for line in history(tmp_path / "run") if "validation/condition_gain" in line]
-    assert validation[-1]["validation/condition_gain"] > 0
+    first, *_, last = (line for line in history(tmp_path / "run") if "validation/condition_gain" in line)
+    assert first["validation/condition_gain"] < 0  # the rows of the classes are drawn at random, and disturb
+    assert last["validation/condition_gain"] > 0.2 * last["validation/loss_unconditional"]  # it is 0.26 of it
 
 
 def test_the_shipped_config_is_about_all_ten_digits():

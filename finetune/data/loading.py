@@ -171,7 +171,7 @@ def _load(
         notes += changes_to_squares(table, good, image_format)
     else:
         notes += changes_to_shapes(table, good, image_format, name)
-    return Images(table, good, channels, resolution, labels, chosen.label_names, problems, notes, captions)
+    return Images(table, good, channels, resolution, labels, chosen.label_names, notes, captions)
 
 
 def _listed(problems: list[str]) -> list[str]:

@@ -54,7 +54,6 @@ class Images(Sequence[Pixels]):
         labels: int64 (n,), -1 for none; None where the source has no labels.
         label_names: the name of label k, where labels have names.
         captions: their texts; None unless they were asked for.
-        skipped: "name: reason" of each bad picture that was left out of the source.
         notes: lines for the plan: what was found in the source, and what was left out.
     """
 
@@ -66,12 +65,11 @@ class Images(Sequence[Pixels]):
         resolution: int,
         labels: Indices | None = None,
         label_names: list[str] | None = None,
-        skipped: Sequence[str] = (),
         notes: Sequence[str] = (),
         captions: Captions | None = None,
     ):
         self.table, self.rows, self.channels, self.resolution = table, rows, channels, resolution
-        self.labels, self.label_names, self.skipped = labels, label_names, list(skipped)
+        self.labels, self.label_names = labels, label_names
         self.notes, self.captions = list(notes), captions
         self._shapes = None
         if "shape_height" in table.column_names:
@@ -154,7 +152,7 @@ class Images(Sequence[Pixels]):
         labels = None if self.labels is None else self.labels[indices]
         rows = self.rows[indices]
         captions = None if self.captions is None else self.captions.select(indices)
-        options = self.channels, self.resolution, labels, self.label_names, self.skipped, self.notes, captions
+        options = self.channels, self.resolution, labels, self.label_names, self.notes, captions
         return Images(self.table, rows, *options)
 
     @property

@@ -39,7 +39,7 @@ def test_a_picture_that_is_a_git_lfs_pointer_is_named(tmp_path):
     write_files(tmp_path, "a.png", "b.png")
     (tmp_path / "b.png").write_bytes(POINTER)
     assert problems(tmp_path)[1:] == [f"b.png: {PULL}"]
-    assert load(tmp_path, on_bad_image="skip").skipped == [f"b.png: {PULL}"]
+    assert f"  b.png: {PULL}" in load(tmp_path, on_bad_image="skip").notes
     (tmp_path / "b.png").write_bytes(png(seed=1))  # as git lfs pull does
     assert len(load(tmp_path)) == 2
 

@@ -199,7 +199,8 @@ def test_bad_images_are_all_named_in_one_error(tmp_path):
 
 def test_bad_images_are_skipped_and_listed(tmp_path):
     images = load(with_bad_ones(tmp_path / "x"), on_bad_image="skip")
-    assert sorted(images.skipped) == sorted(f"{name}.png: {reason}" for name, (_, reason) in BAD.items())
+    listed = sorted(note.removeprefix("  ") for note in images.notes if note.startswith("  "))
+    assert listed == sorted(f"{name}.png: {reason}" for name, (_, reason) in BAD.items())
     good = load(write_folder(tmp_path / "y", [png(0), png(50)]))
     assert len(images) == len(good) == 2
     assert images.fingerprint == good.fingerprint
@@ -240,7 +241,9 @@ def test_bad_rows_of_a_table_are_named_by_number_and_paths_in_rows_are_not_opene
     ]
     assert problems(str(tmp_path / "x.parquet"))[1:] == tuple(expected)
     images = load(str(tmp_path / "x.parquet"), on_bad_image="skip")
-    assert (len(images), images.skipped, images.labels.tolist()) == (1, expected, [0])
+    assert (len(images), images.labels.tolist()) == (1, [0])
+    heading = "left out 5 of 6 images of 'train', which are bad (on_bad_image: skip):"
+    assert images.notes[:6] == [heading, *(f"  {line}" for line in expected)]
     assert problems(str(tmp_path / "x.parquet"), labels=[1], on_bad_image="skip")[1:] == tuple(expected)
 
 

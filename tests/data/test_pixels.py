@@ -46,19 +46,19 @@ def test_an_item_is_the_middle_square():
 
 def test_a_selection_is_a_view_with_its_own_labels_and_order():
     arrays = [np.full((2, 2, 1), value, np.uint8) for value in (10, 20, 30)]
-    whole = images(*arrays, labels=np.array([7, 8, 9]), label_names=None, skipped=["x: y"])
+    whole = images(*arrays, labels=np.array([7, 8, 9]), label_names=None, notes=["x: y"])
     part = whole.select(np.array([2, 0]))
     assert [item[0, 0, 0] for item in part] == [30, 10]
     assert part.labels.tolist() == [9, 7]
     assert part.table is whole.table
-    assert part.skipped == ["x: y"]
+    assert part.notes == ["x: y"]
     assert [item[0, 0, 0] for item in part.select(np.array([1]))] == [10]
 
 
 def test_the_fingerprint_knows_pixels_shapes_order_and_labels_and_nothing_else():
     a, b = np.arange(12, dtype=np.uint8).reshape(2, 6, 1), np.ones((2, 2, 1), np.uint8)
     same = [images(a, b).fingerprint, images(b, a).select(np.array([1, 0])).fingerprint]
-    same.append(images(a, b, skipped=["c: bad"]).fingerprint)
+    same.append(images(a, b, notes=["c: bad"]).fingerprint)
     other = [images(b, a), images(a), images(a, b, b), images(a + 1, b), images(a.reshape(6, 2, 1), b)]
     other += [images(a, b, labels=np.array(labels)) for labels in ([0, 1], [1, 0])]
     other += [images(a, b, labels=np.array([0, 1]), label_names=["x", "y"])]
