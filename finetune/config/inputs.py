@@ -69,7 +69,7 @@ class ModelConfig(Section):
         if len(given) != 1:
             yield "", f"found {' and '.join(given) or 'neither'}; expected exactly one of pretrained, unet"
         if self.lora is not None and self.unet is not None:
-            yield "lora", "found it with model.unet; expected it with a pretrained text-to-image model"
+            yield "lora", "found with model.unet; only valid with a pretrained text-to-image model"
 
 
 class DataConfig(Section):

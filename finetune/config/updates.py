@@ -45,7 +45,7 @@ class TrainingConfig(Section):
                 problem = f"found {given}; auto needs global_batch_size and no gradient_accumulation_steps"
                 yield "micro_batch_size", problem
             if self.shard:  # a trial that runs out of memory would leave the other processes waiting for its weights
-                yield "micro_batch_size", "found auto with shard; expected a number, which --check tries"
+                yield "micro_batch_size", "found auto with shard; expected a number (--check tests whether it fits)"
         elif sizes.count(None) > 1:
             yield "", f"found {given or 'none'} of {', '.join(keys)}; expected at least two"
         elif total is not None and (mismatch := uneven(total, micro, steps)):
