@@ -106,7 +106,7 @@ def test_a_run_killed_while_it_is_measured_resumes_with_the_same_distances(base,
             "data.validation_fraction=0",
             "validation.quality: found no held-out images; expected data.validation_",
         ),
-        ("validation.quality=null", "checkpoint.keep_best: found true; expected it with validation.quality"),
+        ("validation.quality=null", "checkpoint.keep_best: found true; needs validation.quality"),
         ("data.validation_fraction=0.05", "validation.quality: found 1 held-out image; expected at least 2"),  # of 24
         ("validation.quality.images=1", "validation.quality.images: found 1; expected at least 2, which have a spread"),
         (

@@ -192,7 +192,7 @@ def test_one_picture_in_each_shape(tmp_path):
     done = finish("--config", write_config(tmp_path / "run.yaml", config), folder=tmp_path / "log")
     # one window of 5 images, each a micro-batch of its own
     assert "1 of 16 x 4, 1 of 8 x 8, 1 of 4 x 16, 1 of 12 x 8, 1 of 8 x 12" in " ".join(done.stdout.split())
-    assert "5.00 micro-steps a window on average, 2.00 with one shape" in done.stdout
+    assert "5.00 micro-steps per update on average, 2.00 if all had one shape" in done.stdout
     assert [line["step"] for line in history(tmp_path / "run")] == [1, 2]
 
 
@@ -221,7 +221,7 @@ def test_shapes_that_will_not_do_are_one_line(tmp_path, override, problem):
 def test_shapes_to_sample_need_buckets(tmp_path):
     config = tiny_config(write_pictures(tmp_path / "pictures", 2), tmp_path / "run", samples__shapes=[[8, 8]])
     outcome = run("--config", write_config(tmp_path / "run.yaml", config), folder=tmp_path / "log")
-    assert "samples.shapes: found [[8, 8]]; expected it with data.buckets only" in outcome.stderr
+    assert "samples.shapes: found [[8, 8]]; only valid with data.buckets" in outcome.stderr
 
 
 def test_pictures_that_are_cropped_by_more_than_half_are_counted_and_named(tmp_path):

@@ -368,7 +368,7 @@ def test_a_recipe_trains_a_small_pipeline(tmp_path, recipe, pipeline):
         ({"data__crop": "random"}, "data.crop: 'center' in the checkpoint, 'random' now"),
         (
             {"samples": {"labels": ["cat"]}},
-            "samples.labels: found ['cat']; expected it with a model that is told classes",
+            "samples.labels: found ['cat']; only a model conditioned on classes",
         ),
         ({"data__caption_column": "words"}, "data.caption_column: found 'words'; expected a column of texts"),
         ({"training__condition_dropout": 0.1}, "training.condition_dropout: 0.3 in the checkpoint, 0.1 now"),

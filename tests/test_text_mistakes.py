@@ -8,7 +8,7 @@ from harness.configs import ROOT, of_kind, tiny_config, write_config, write_pict
 from harness.pipelines import save_pipeline
 from harness.processes import run
 
-LORA, PROMPTS = "command line: model.lora.", "expected it with a model that is told captions (text-to-image) only"
+LORA, PROMPTS = "command line: model.lora.", "only a model conditioned on captions (text-to-image) takes it"
 TABLE = [  # a kind of model, what is set, and how the line begins
     ("text", "data.caption_column=words", "data.caption_column: found 'words'; expected a column of texts or of lists"),
     ("text", "data.label_column=label", "data.label_column: found 'label'; expected a column of "),
@@ -26,7 +26,7 @@ TABLE = [  # a kind of model, what is set, and how the line begins
     ("text", "samples.prompts=[]", "command line: samples.prompts: found []; expected a list of texts or null"),
     ("text", "samples.prompts=a cat", "command line: samples.prompts: found 'a cat'; expected a list of texts or null"),
     ("text", "samples.prompts=[a, '']", "command line: samples.prompts: found ['a', '']; expected a list of texts"),
-    ("text", "samples.labels=[cat]", "samples.labels: found ['cat']; expected it with a model that is told classes"),
+    ("text", "samples.labels=[cat]", "samples.labels: found ['cat']; only a model conditioned on classes"),
     ("text", "samples.negative_prompt=3", "command line: samples.negative_prompt: found 3; expected a line of text"),
     ("text", "samples.guidance_scale=[]", "command line: samples.guidance_scale: found []; expected a number, 0 or"),
     ("lora", "model.lora.rank=0", f"{LORA}rank: found 0; expected a whole number above 0"),
@@ -48,15 +48,15 @@ TABLE = [  # a kind of model, what is set, and how the line begins
     ("lora", "model.lora.target_modules=[norm1]", "model.lora.target_modules: found 'norm1', which is a "),
     ("lora", f"model.pretrained={ROOT}/configs/digits-base", "model.lora: found it with "),
     ("lora", "data.caption_column=[text]", "command line: data.caption_column: found ['text']; expected a line of "),
-    ("unconditional", "model.lora.rank=4", "FILE and command line: model.lora: found it with model.unet; expected it"),
+    ("unconditional", "model.lora.rank=4", "FILE and command line: model.lora: found with model.unet; only valid with"),
     ("unconditional", "samples.prompts=[a cat]", f"samples.prompts: found ['a cat']; {PROMPTS}"),
     ("unconditional", "samples.negative_prompt=ugly", f"samples.negative_prompt: found 'ugly'; {PROMPTS}"),
-    ("unconditional", "samples.guidance_scale=3", "samples.guidance_scale: found 3.0; expected it with a model that"),
-    ("unconditional", "data.caption=a cat", "data.caption: found 'a cat'; expected it with a text-to-image model only"),
+    ("unconditional", "samples.guidance_scale=3", "samples.guidance_scale: found 3.0; only a model conditioned on"),
+    ("unconditional", "data.caption=a cat", "data.caption: found 'a cat'; only valid for a text-to-image model"),
     (
         "unconditional",
         "data.caption_column=text",
-        "data.caption_column: found 'text'; expected it with a text-to-image",
+        "data.caption_column: found 'text'; only valid for a text-to-image",
     ),
     ("classes", "samples.prompts=[cat]", f"samples.prompts: found ['cat']; {PROMPTS}"),
     ("text", "model.pretrained=/dev/null", "model.pretrained: found the file /dev/null; expected the folder of a pipe"),

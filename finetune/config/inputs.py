@@ -33,7 +33,7 @@ def doubles(key: str, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, 
 
 class LoRAConfig(Section):
     rank: Count = 16
-    """Rank of the adapters: the width of what they pass on."""
+    """Rank of the LoRA matrices."""
     alpha: Positive | None = None
     """The adapters' output is scaled by alpha / rank; null: alpha is the rank."""
     target_modules: Names = ("attention",)
@@ -56,7 +56,7 @@ class ModelConfig(Section):
     unet: Mapping | None = None
     """Settings of a diffusers UNet2DModel to train from scratch, instead of `pretrained`."""
     class_conditional: Flag = False
-    """Tell the model the class of an image (`data.label_column`), so that it can draw a class that is asked for."""
+    """Condition the model on the class of an image (`data.label_column`), so that it can draw a class on request."""
     lora: LoRAConfig | None = None
     """Train adapters of a text-to-image model, its own weights frozen; null: train all weights of the UNet."""
     noise_scheduler: Mapping = {}  # noqa: RUF012 - pydantic copies it
@@ -69,13 +69,13 @@ class ModelConfig(Section):
         if len(given) != 1:
             yield "", f"found {' and '.join(given) or 'neither'}; expected exactly one of pretrained, unet"
         if self.lora is not None and self.unet is not None:
-            yield "lora", "found it with model.unet; expected it with a pretrained text-to-image model"
+            yield "lora", "found with model.unet; only valid with a pretrained text-to-image model"
 
 
 class DataConfig(Section):
     source: Path
-    """`digits`, a folder of pictures, parquet, arrow or WebDataset tar files or a URL of such (`s3://`, `hf://` or
-    whatever fsspec opens), or a dataset's hub id."""
+    """`digits`, a folder of pictures, parquet, arrow or WebDataset tar files or a URL to them (`s3://`, `hf://`
+    or whatever fsspec opens), or a dataset's hub id."""
     split: Text = "train"
     """Split to train on, or part of one in the notation of `datasets`: `train[:1000]`."""
     image_column: Text = "image"
@@ -91,8 +91,8 @@ class DataConfig(Section):
     resolution: Count | None = None
     """Pixels a side; null: the model's `sample_size`."""
     buckets: Buckets | None = None
-    """Shapes that pictures are given, each the nearest to its own: so many of diffusers' ladder of aspect ratios, whose
-    areas are about resolution x resolution, or a list of [width, height]; null: all become squares."""
+    """Aspect-ratio buckets; each picture gets the nearest. A number n: the first n of diffusers' buckets, of about
+    resolution x resolution pixels; or a list of [width, height]; null: squares."""
     order: Literal["full", "blocks"] = "full"
     """How an epoch's images are shuffled: `full`: all with each other; `blocks`: 65,536 at a time, from all over the
     source in short pieces, for more images than fit in memory."""

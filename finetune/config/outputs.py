@@ -27,14 +27,14 @@ class QualityConfig(Section):
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
         if self.images < 2:
-            yield "images", f"found {self.images}; expected at least 2, which have a spread to compare"
+            yield "images", f"found {self.images}; expected at least 2, to estimate a covariance"
 
 
 class ValidationConfig(Section):
     every_steps: Count | None = None
     """Updates between two validations; null: a tenth of the run."""
     images: Count = 64
-    """Draws of a held-out image, a timestep and noise in one validation; the same in each."""
+    """Losses in one validation, each of a held-out image, a timestep and noise: always the same; images may repeat."""
     quality: QualityConfig | None = None
     """Fréchet and kernel distance between samples and held-out images; null: not measured."""
 
@@ -43,15 +43,15 @@ class SamplesConfig(Section):
     every_steps: Count = 500
     """Updates between two sample grids."""
     count: Natural = 16
-    """Images in a grid, for each guidance scale; 0: no grids."""
+    """Images in a grid, for each guidance scale, rounded up to full rows; 0: no grids."""
     inference_steps: Count = 40
     """DDIM steps per image."""
     labels: Labels | None = None
-    """Classes to draw, a row of the grid each; null: the first ten of the images."""
+    """Classes to draw, a row of the grid each; null: the first ten classes of the training images."""
     prompts: Prompts | None = None
     """Prompts to draw, a row of the grid each; null: the captions of the first images."""
     negative_prompt: Text | None = None
-    """Prompt that guidance leads away from; null: no prompt."""
+    """Negative prompt for guidance; null: no prompt."""
     shapes: Shapes | None = None
     """Shapes to draw, a grid each, of those of `data.buckets`; null: the most frequent one."""
     guidance_scale: Scales = 1.0

@@ -45,7 +45,7 @@ class Config(Section):
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
         if self.checkpoint.keep_best and self.validation.quality is None:
-            yield "checkpoint.keep_best", "found true; expected it with validation.quality, which says what is best"
+            yield "checkpoint.keep_best", "found true; needs validation.quality, which defines the best checkpoint"
         if self.validation.quality and not (self.data.validation_fraction or self.data.validation_split):
             yield "validation.quality", "found no held-out images; expected data.validation_fraction above 0 or a split"
         if self.training.shard and self.model.lora is not None:
@@ -55,7 +55,7 @@ class Config(Section):
             yield from doubles("samples.shapes", self.samples.shapes)
             if self.data.buckets is None:
                 given = short([list(shape) for shape in self.samples.shapes])
-                yield "samples.shapes", f"found {given}; expected it with data.buckets only"
+                yield "samples.shapes", f"found {given}; only valid with data.buckets"
         if self.lr_scheduler.name == "polynomial" and self.optimizer.learning_rate <= 1e-7:
             found = self.optimizer.learning_rate
             yield (

@@ -26,13 +26,13 @@ class TrainingConfig(Section):
     snr_gamma: Positive | None = None
     """Gamma of min-SNR loss weighting (Hang et al. 2023), usually 5; null: every timestep weighs the same."""
     noise_offset: NonNegative = 0.0
-    """Strength of noise that a channel has in all its pixels, in standard deviations, usually 0 to 0.1."""
+    """Offset noise: standard deviation of what is added to the noise of a whole channel, usually 0 to 0.1."""
     condition_dropout: Fraction = 0.1
-    """Share of the images trained without their class or caption, from 0 to below 1, which guidance compares with."""
+    """Share of the images trained without their class or caption, from 0 to below 1; guidance needs some."""
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite, stop the run or skip the update."""
     shard: Flag = False
-    """Spread weights, gradients, optimizer and average over the processes, each of which holds its share."""
+    """Spread weights, gradients, optimizer state and EMA weights over the processes, each of which holds its share."""
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
         if self.num_epochs is None and self.max_train_steps is None:
@@ -45,7 +45,7 @@ class TrainingConfig(Section):
                 problem = f"found {given}; auto needs global_batch_size and no gradient_accumulation_steps"
                 yield "micro_batch_size", problem
             if self.shard:  # a trial that runs out of memory would leave the other processes waiting for its weights
-                yield "micro_batch_size", "found auto with shard; expected a number, which --check tries"
+                yield "micro_batch_size", "found auto with shard; expected a number (--check tests whether it fits)"
         elif sizes.count(None) > 1:
             yield "", f"found {given or 'none'} of {', '.join(keys)}; expected at least two"
         elif total is not None and (mismatch := uneven(total, micro, steps)):
@@ -74,7 +74,7 @@ class LRSchedulerConfig(Section):
     warmup_steps: Natural = 0
     """Updates over which the learning rate rises from 0."""
     num_cycles: Count = 1
-    """Restarts of `cosine_with_restarts`, over the run."""
+    """Cosines of `cosine_with_restarts` over the run: 1 is no restart."""
     power: Positive = 1.0
     """Exponent of `polynomial`."""
     step_rules: StepRules | None = None

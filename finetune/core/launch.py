@@ -54,8 +54,8 @@ def _refuse_sharded_launches() -> None:
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             problem = (
                 f"launch: found ACCELERATE_USE_{name}=true, from accelerate launch --use_{name.lower()} or its config "
-                "file; expected neither: what a model holds is spread over plain processes by "
-                "training.shard=true in the run's config"
+                "file, which is not supported: remove it, and set training.shard=true in the run's config to shard the "
+                "model"
             )
             raise launch_error(problem)
 

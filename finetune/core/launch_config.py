@@ -59,7 +59,7 @@ def take_launch_config() -> None:
             os.environ.setdefault(name, value)
     asked = getattr(config, "num_processes", None) or 1
     if alone and asked > 1:
-        print(f"launch: {file} asks for {asked} processes, which accelerate launch would start; this is one.")
+        print(f"launch: {file} sets num_processes: {asked}, but this is 1 process; accelerate launch starts {asked}.")
 
 
 def _check_values(file: str) -> None:

@@ -61,7 +61,7 @@ def _rows(file: str) -> Iterator[Row]:
                 if os.path.basename(member.name).startswith("."):
                     raise UserError(
                         f"data.source: {file}: found the hidden file {member.name!r}, which would become a row of its "
-                        "own; pack the files again without such (on macOS with COPYFILE_DISABLE=1 before tar)"
+                        "own; pack the files again without it (on macOS with COPYFILE_DISABLE=1 before tar)"
                     )
                 if kind.rsplit(".", 1)[-1].lower() in INTEGERS:
                     _check_integer(file, archive, member)

@@ -112,7 +112,7 @@ def _from_file(picture: str | None, folders: Sequence[str]) -> list[str]:
     except OSError as error:
         raise _unusable(file, f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise _unusable(file, f"has a byte at {error.start} that is not UTF-8; expected UTF-8: save it so") from None
+        raise _unusable(file, f"has a byte at {error.start} that is not UTF-8: save the file as UTF-8") from None
     if len(content) > LONGEST:
         raise _unusable(file, f"has more than {LONGEST:,} bytes; expected captions, one a line")
     if "\0" in text:  # of UTF-16 without a byte order mark every second byte is one

@@ -97,7 +97,7 @@ def load_data(
     check_format(image_format.channels, config.background)
     if not captioned and (config.caption or config.caption_column):
         key = "caption" if config.caption else "caption_column"
-        raise UserError(f"data.{key}: found {getattr(config, key)!r}; expected it with a text-to-image model only")
+        raise UserError(f"data.{key}: found {getattr(config, key)!r}; only valid for a text-to-image model")
     source = open_source(config.source, output_dir, captioned)
     check_held_out(source.splits, config)
     needed = image_format, labelled, captioned, shapes

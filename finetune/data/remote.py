@@ -72,7 +72,7 @@ def list_shards(source: str) -> tuple[list[Shard], list[str]]:
         if not kept:
             raise UserError(
                 f"data.source: found {by_kind(files) or 'nothing'} at {named(source)}; expected "
-                f"{', '.join(sorted(SHARDS))} files: pictures are to be packed into such, or copied to this machine"
+                f"{', '.join(sorted(SHARDS))} files: pack the pictures into these, or copy them to this machine"
             )
         if len({READERS[_extension(name)] for name in kept}) > 1:
             raise UserError(f"data.source: found {by_kind(kept)} at {named(source)}; expected files of one kind")

@@ -33,7 +33,7 @@ from finetune.data.tables import build, build_described, build_pictures, build_t
 
 NUMBERS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 EXPECTED = "expected digits, a folder of pictures, a saved dataset, .parquet, .arrow or .tar files"
-EXPECTED += " or a URL of such, or a hub id"
+EXPECTED += " or a URL to them, or a hub id"
 
 
 @dataclass(frozen=True)

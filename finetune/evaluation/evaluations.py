@@ -23,7 +23,7 @@ class Samples:
     Attributes:
         names: the condition of each row; None is unconditional.
         shapes: there is a grid of each.
-        negative_prompt: that guidance leads away from.
+        negative_prompt: of guidance; None: no condition.
     """
 
     names: list[str | None]

@@ -81,13 +81,13 @@ class Quality:
             names: the condition of each; the samples are drawn for the same ones, in the same shapes.
 
         Raises:
-            UserError: if there are fewer than two images, which have no spread to compare, or if the image model cannot
+            UserError: if there are fewer than two images, which have no covariance, or if the image model cannot
                 be loaded.
         """
         if len(images) < 2:
             raise UserError(
-                f"validation.quality: found {len(images)} held-out image; expected at least 2, which have a spread to "
-                "compare: hold out more with data.validation_fraction or data.validation_split"
+                f"validation.quality: found {len(images)} held-out image; expected at least 2, to estimate a "
+                "covariance: hold out more with data.validation_fraction or data.validation_split"
             )
         self.features, self.every_steps = Features(config.features), config.every_steps
         self.images = [images[index] for index in range(min(config.images, len(images)))]

@@ -27,12 +27,12 @@ def sampled_names(
     """The conditions that the sample grid has a row for; one row without a condition for an unconditional model.
 
     Args:
-        captions: prompts for a model that is told captions, where the config names none.
+        captions: prompts for a model conditioned on captions, where the config names none.
         class_names: of the images: a pretrained model may know others, which are not trained.
 
     Raises:
-        UserError: if `samples.labels` names a class that the model does not have, or if the model is not told what
-            `samples` asks for.
+        UserError: if `samples.labels` names a class that the model does not have, or if the model is not
+            conditioned on what `samples` asks for.
     """
     _check_asked(options, kind)
     if not kind.conditional:
@@ -64,9 +64,7 @@ def _check_asked(options: SamplesConfig, kind: Kind) -> None:
                 None: "classes (model.class_conditional=true) or captions (text-to-image)",
             }[needed]
             given = list(given) if isinstance(given, tuple) else given
-            raise UserError(
-                f"samples.{key}: found {short(given)}; expected it with a model that is told {expected} only"
-            )
+            raise UserError(f"samples.{key}: found {short(given)}; only a model conditioned on {expected} takes it")
 
 
 def sampled_shapes(options: SamplesConfig, images: Mapping[Shape, int]) -> list[Shape]:
@@ -137,7 +135,7 @@ def sample_each(
         shapes: of each image; those of one shape go through the network together.
         guidance_scale: of classifier-free guidance; 1 turns it off.
         purpose: names the stream of the starting noise.
-        negative: the prompt that guidance leads away from; None: no condition.
+        negative: the negative prompt; None: no condition.
     """
     channels = kind.image_format.channels
     images = [torch.zeros(*shape, channels, dtype=torch.uint8) for shape in shapes]

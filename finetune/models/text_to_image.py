@@ -40,8 +40,8 @@ class StableDiffusionOutline:
         name = str(config.pretrained)
         if config.class_conditional:
             raise UserError(
-                f"model.class_conditional: found true with {name}, a {index['_class_name']}, which is told captions; "
-                "expected false"
+                f"model.class_conditional: found true with {name}, a {index['_class_name']}, which is conditioned on "
+                "captions; expected false"
             )
         self.config, self.folder = config, Folder(path, name, index)
         settings = self.folder.config("scheduler", "scheduler_config.json")

@@ -59,7 +59,7 @@ class Checkpoints:
             if existing:
                 raise UserError(
                     f"checkpoint.resume: never, but {self.output_dir} holds {existing[0].name}: starting again would "
-                    "mix two runs; set another output_dir, or delete this one"
+                    f"mix two runs; set another output_dir, or delete {self.output_dir}"
                 )
             return None
         if self.named is not None:

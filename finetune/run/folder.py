@@ -31,7 +31,7 @@ def check_folder(output_dir: Path) -> None:
 
 
 def _unwritable(output_dir: Path, reason: str | None) -> UserError:
-    return UserError(f"output_dir: {output_dir}: cannot be written ({reason}); set a folder that can")
+    return UserError(f"output_dir: {output_dir}: is not writable ({reason}); set a writable folder")
 
 
 class Lock:
@@ -88,8 +88,8 @@ def require_shared(output_dir: Path) -> None:
     if blind := sorted({host for seen, host in sees if not seen}):
         raise printed_once(
             UserError(
-                f"output_dir: {output_dir}: found a folder of its own on {', '.join(blind)}; expected one that all "
-                f"hosts share with {sees[0][1]}, or the run could not be resumed; set a folder on a shared file system"
+                f"output_dir: {output_dir}: {', '.join(blind)} cannot see the files that {sees[0][1]} writes there, so "
+                "the run could not be resumed; set a folder on a shared file system"
             )
         )
 

@@ -109,7 +109,7 @@ def _shares(config: Config, layout: BatchLayout) -> str:
         return ""
     if layout.num_processes == 1:
         return "; training.shard has no effect with one process"
-    return f"; each process holds 1/{layout.num_processes} of weights, gradients, optimizer and average"
+    return f"; each process holds 1/{layout.num_processes} of weights, gradients, optimizer state and EMA weights"
 
 
 def shapes_note(images: Mapping[Shape, int], sampler: WindowSampler) -> str | None:
@@ -122,7 +122,7 @@ def shapes_note(images: Mapping[Shape, int], sampler: WindowSampler) -> str | No
     sizes = [len(window_range(window, count, layout.global_batch_size)) for window in windows]
     alone = [-(-size // (layout.micro_batch_size * layout.num_processes)) for size in sizes]
     counts = ", ".join(f"{number} of {shape}" for shape, number in images.items())
-    mean = f"{np.mean(steps):.2f} micro-steps a window on average, {np.mean(alone):.2f} with one shape"
+    mean = f"{np.mean(steps):.2f} micro-steps per update on average, {np.mean(alone):.2f} if all had one shape"
     return f"{counts}\n{mean}"
 
 
@@ -146,12 +146,12 @@ def _evaluation(config: Config, length: Length, num_held_out: int) -> str:
 
 
 def unguided(config: Config, kind: Kind) -> str | None:
-    """Warning text for guidance that has nothing to compare with, if that is so."""
+    """Warning text for guidance whose unconditional prediction is not trained, if that is so."""
     if not kind.conditional or config.training.condition_dropout > 0 or config.samples.guidance_scales == (1.0,):
         return None
     return (
-        "Note: samples are guided, but training.condition_dropout is 0: the model does not learn what images look like "
-        "without a class or caption, which guidance compares with"
+        "Note: samples are guided, but training.condition_dropout is 0: the prediction without a class or caption that "
+        "guidance needs is not trained"
     )
 
 
@@ -163,7 +163,7 @@ def untold(config: Config, kind: Kind) -> str | None:
     )
     if kind.conditional or dropout in (0, default):
         return None
-    return "Note: training.condition_dropout has no effect: the model is told neither classes nor captions"
+    return "Note: training.condition_dropout has no effect: the model is unconditional"
 
 
 def unused_negative(config: Config) -> str | None:

@@ -62,7 +62,7 @@ def state_plan(
         UserError: if that alone is more than is free.
     """
     shares, device, here = num_processes if shard else 1, accelerator.device, processes_here()
-    state, held = -(-state_bytes(outline, averaged) // shares), "weights, gradients, optimizer and average"
+    state, held = -(-state_bytes(outline, averaged) // shares), "weights, gradients, optimizer state and EMA weights"
     if crop_encoder is not None:
         state, held = state + held_bytes(crop_encoder.parameters()), f"{held}, and the encoder of random crops,"
     most, free = state, float("inf")
@@ -79,7 +79,8 @@ def state_plan(
         )
     return (
         f"Model: {parameters / 1e6:.2f} M parameters; {held} will take "
-        f"{state / 1e6:,.0f} MB a process{f', 1/{shares} of it all' if shares > 1 else ''} (--check measures the rest)"
+        f"{state / 1e6:,.0f} MB a process{f', 1/{shares} of the total' if shares > 1 else ''} (--check measures the "
+        "rest)"
     )
 
 
@@ -193,7 +194,8 @@ def memory_plan(accelerator: Accelerator, kind: Kind, layout: BatchLayout, avera
     where = "" if accelerator.device.type == "cpu" else f" of {accelerator.device.type} memory"
     return (
         f"Memory: about {total / 1e6:.0f} MB{where} a process at its peak, {how} with micro-batches of {size}; of it, "
-        f"{state / 1e6:.0f} MB are weights, gradients, optimizer and average, {image / 1e6:.1f} MB an image activations"
+        f"{state / 1e6:.0f} MB are weights, gradients, optimizer state and EMA weights, {image / 1e6:.1f} MB an image "
+        "activations"
     )
 
 

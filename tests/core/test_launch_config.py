@@ -107,7 +107,7 @@ def test_the_shipped_files_are_taken_and_more_processes_than_one_are_noted(envir
     file = ROOT / f"configs/accelerate/{name}.yaml"
     environment["ACCELERATE_CONFIG_FILE"] = str(file)
     asked = yaml.safe_load(file.read_text())["num_processes"]
-    note = f"launch: {file} asks for {asked} processes, which accelerate launch would start; this is one.\n"
+    note = f"launch: {file} sets num_processes: {asked}, but this is 1 process; accelerate launch starts {asked}.\n"
     take_launch_config()
     assert capsys.readouterr().out == (note if asked > 1 else "")
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"

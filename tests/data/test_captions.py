@@ -153,9 +153,9 @@ def test_a_bad_picture_that_is_skipped_needs_no_caption(tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"caf\xe9", "000.txt has a byte at 3 that is not UTF-8; expected UTF-8: save it so"),
+        (b"caf\xe9", "000.txt has a byte at 3 that is not UTF-8: save the file as UTF-8"),
         ("a cat".encode("utf-16-le"), "000.txt has a zero byte at 1, which no text in UTF-8 has: save it as UTF-8"),
-        ("a cat".encode("utf-16"), "000.txt has a byte at 0 that is not UTF-8; expected UTF-8: save it so"),
+        ("a cat".encode("utf-16"), "000.txt has a byte at 0 that is not UTF-8: save the file as UTF-8"),
         (b"a" * (2**20 + 1), "000.txt has more than 1,048,576 bytes; expected captions, one a line"),
     ],
 )
@@ -186,7 +186,7 @@ def test_captions_are_for_models_that_read_them(tmp_path, key):
     root = write_folder(tmp_path / "pictures", ["a cat"])
     with pytest.raises(UserError) as caught:
         load(root, captioned=False, **{key: "text"})
-    assert caught.value.problems == (f"data.{key}: found 'text'; expected it with a text-to-image model only",)
+    assert caught.value.problems == (f"data.{key}: found 'text'; only valid for a text-to-image model",)
 
 
 def test_a_changed_caption_is_other_data(tmp_path):

@@ -306,7 +306,7 @@ def test_sizes_that_cannot_be_denoised_are_refused(folder):
 def test_classes_are_for_other_models(folder):
     line = problem(folder, class_conditional=True)
     assert line.startswith("model.class_conditional: found true with ")
-    assert line.endswith("which is told captions; expected false")
+    assert line.endswith("which is conditioned on captions; expected false")
 
 
 def changed_index(folder, tmp_path, **changes):

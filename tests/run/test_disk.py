@@ -123,7 +123,7 @@ def test_a_disk_that_becomes_read_only_in_a_run_or_before_it(undisturbed, disk):
     refused = run(*command, folder=undisturbed)
     assert refused.returncode == 2
     assert refused.error == (
-        f"output_dir: {output_dir}: cannot be written (Read-only file system); set a folder that can"
+        f"output_dir: {output_dir}: is not writable (Read-only file system); set a writable folder"
     )
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     assert sorted(output_dir.rglob("*")) == before
@@ -133,10 +133,10 @@ def test_a_disk_that_becomes_read_only_in_a_run_or_before_it(undisturbed, disk):
 @pytest.mark.parametrize(
     ("place", "problem"),
     [
-        ("file", "cannot be written (File exists); set a folder that can"),
-        ("file/run", "cannot be written (Not a directory); set a folder that can"),
+        ("file", "is not writable (File exists); set a writable folder"),
+        ("file/run", "is not writable (Not a directory); set a writable folder"),
         ("/proc/run", "found 0 bytes free, expected "),
-        ("/dev/null", "cannot be written (File exists); set a folder that can"),
+        ("/dev/null", "is not writable (File exists); set a writable folder"),
     ],
 )
 def test_an_output_folder_that_cannot_exist(undisturbed, tmp_path, place, problem):

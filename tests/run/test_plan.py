@@ -82,7 +82,7 @@ def test_a_schedule_that_the_run_could_not_follow_is_found_by_the_plan():
 
 
 def test_a_dropout_of_conditions_that_there_are_none_of_is_noted():
-    note = "Note: training.condition_dropout has no effect: the model is told neither classes nor captions"
+    note = "Note: training.condition_dropout has no effect: the model is unconditional"
     assert note in plan(config_of(training__condition_dropout=0.3))
     for harmless in (config_of(), config_of(training__condition_dropout=0.0)):
         assert note not in plan(harmless)

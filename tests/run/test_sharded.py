@@ -325,9 +325,9 @@ def test_a_plan_of_a_sharded_run(base, tmp_path):
     assert (planned.returncode, other.returncode) == (0, 0), planned.stderr + other.stderr
     network = UNet2DModel(**config_of(tmp_path)["model"]["unet"] | {"block_out_channels": [64, 64]})
     half = sum(weight.numel() for weight in network.parameters()) * 5 * 4 / 2 / 1e6
-    assert f"average will take {half:.0f} MB a process, 1/2 of it all (" in planned.stdout
-    assert f" of it, {half:.0f} MB are weights, gradients, optimizer and average, " in planned.stdout
-    assert "float32; each process holds 1/2 of weights, gradients, optimizer and average" in planned.stdout
+    assert f"EMA weights will take {half:.0f} MB a process, 1/2 of the total (" in planned.stdout
+    assert f" of it, {half:.0f} MB are weights, gradients, optimizer state and EMA weights, " in planned.stdout
+    assert "float32; each process holds 1/2 of weights, gradients, optimizer state and EMA weights" in planned.stdout
     assert not (tmp_path / "run").exists()
 
 
@@ -340,7 +340,7 @@ def test_a_plan_of_a_sharded_run(base, tmp_path):
                 "training.gradient_accumulation_steps=null",
                 "training.global_batch_size=8",
             ],
-            "training.micro_batch_size: found auto with shard; expected a number, which --check tries",
+            "training.micro_batch_size: found auto with shard; expected a number (--check tests whether it fits)",
         ),
         (
             ["model.lora={rank: 2}", "model.pretrained=a/b", "model.unet=null"],

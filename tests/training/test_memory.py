@@ -179,7 +179,7 @@ def test_what_encodes_random_crops_is_held_by_every_process(one_process, pipelin
     shared = 2, True, True, outline.crop_encoder
     monkeypatch.setattr(memory, "processes_here", lambda: 2)
     monkeypatch.setattr(memory, "free_memory", lambda: needed)
-    assert "optimizer and average, and the encoder of random crops, will take" in state_plan(
+    assert "optimizer state and EMA weights, and the encoder of random crops, will take" in state_plan(
         one_process, outline.network, *shared
     )
     monkeypatch.setattr(memory, "free_memory", lambda: needed - 2)

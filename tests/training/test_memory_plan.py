@@ -47,8 +47,8 @@ def larger(tmp_path_factory):
 
 # diffusers' UNet2DModel() has 274,056,163 parameters; each takes 4 bytes, five times: 5,481 MB.
 DEFAULT = (
-    "Model: 274.06 M parameters; weights, gradients, optimizer and average will take 5,481 MB a process (--check "
-    "measures the rest)"
+    "Model: 274.06 M parameters; weights, gradients, optimizer state and EMA weights will take 5,481 MB a process "
+    "(--check measures the rest)"
 )
 
 
@@ -73,8 +73,8 @@ def test_what_a_model_takes_is_printed_or_refused_before_it_is_loaded(tmp_path, 
     else:
         assert ended.returncode == 2
         assert ended.error == (
-            "model: found 274.06 M parameters, whose weights, gradients, optimizer and average take 5,481 MB a "
-            "process, and 5,481 MB free on cpu; choose a smaller model, or a machine with more memory"
+            "model: found 274.06 M parameters, whose weights, gradients, optimizer state and EMA weights take 5,481 MB "
+            "a process, and 5,481 MB free on cpu; choose a smaller model, or a machine with more memory"
         )
     assert not (tmp_path / "run").exists()
 
@@ -123,7 +123,7 @@ def test_a_sharded_model_takes_its_share_of_a_process(monkeypatch, processes, me
     cpu = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr(memory, "free_memory", lambda: processes * needed * 10**6)
     plan = memory.state_plan(cpu, outline, processes, averaged=True, shard=True)
-    assert f"take {megabytes} MB a process, 1/{processes} of it all (" in plan
+    assert f"take {megabytes} MB a process, 1/{processes} of the total (" in plan
     monkeypatch.setattr(memory, "free_memory", lambda: processes * needed * 10**6 - processes)
     with pytest.raises(UserError, match=f"take {needed} MB a process, and {needed} MB free on cpu"):
         memory.state_plan(cpu, outline, processes, averaged=True, shard=True)
