@@ -87,7 +87,7 @@ def test_the_plan_says_what_is_encoded_when_and_what_it_costs(finished, tmp_path
     assert "encodings: 2 latents and 5 texts, 0.0 MB on disk; still to be made: 2 and 5, 0.0 MB" in printed
     assert "random crops are encoded in the loop: 0.323 MFLOP an image by 0.1 MB of weights that stay in" in printed
     assert "data.crop=center encodes images once, before training" in printed
-    assert "average, and the encoder of random crops, will take" in printed
+    assert "EMA weights, and the encoder of random crops, will take" in printed
 
     def judging_nobody():
         fresh_cache()

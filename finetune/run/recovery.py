@@ -35,7 +35,7 @@ def check_finite(run: Run, result: WindowResult) -> None:
     advice = ["lower optimizer.learning_rate", "set training.nonfinite_loss=skip"]
     (epoch, _), positions = run.place, np.array(run.positions)
     bad = positions[~np.isfinite(result.losses)]
-    where = f"that is so of {len(bad)} of {len(positions)} losses"
+    where = f"{len(bad)} of {len(positions)} losses are not finite"
     if 0 < len(bad) < len(positions):
         shown = bad[:LISTED]
         images, timesteps = run.sampler.order.images(epoch, shown), run.examples.timesteps(epoch, shown)

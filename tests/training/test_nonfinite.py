@@ -74,7 +74,7 @@ def test_stop_names_the_images_and_leaves_the_run_as_it_was(base, tmp_path, posi
     assert ended.error.startswith(f"step {BAD}: found loss nan, gradient norm nan, expected finite ones; ")
     assert culprits(positions) in ended.error
     assert ended.error.endswith("or look at these images, or set training.nonfinite_loss=skip")
-    assert f"of {len(positions)} of 8 losses" in ended.error
+    assert f"expected finite ones; {len(positions)} of 8 losses are not finite, those of images" in ended.error
     assert valid_checkpoints(run_dir) == [1, 2, 3, 4]
     for part in ("model", "ema"):
         assert unequal(weights(run_dir, BAD - 1, part), weights(base / "run", BAD - 1, part)) == []
