@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Piece(NamedTuple, Generic[T]):
-    """Entries that become a file of their store: what each is made from, by key; so many are encoded at once."""
+    """Entries that become a file of their store: what each is made from, by key; `chunk` are encoded at once."""
 
     store: Store
     chunk: int
@@ -37,8 +37,7 @@ def make_pieces(
     """Encode this process's share of the pieces, and write each when it is complete.
 
     Args:
-        encode: makes tensors, a row an entry, of as many entries as a chunk has; a last one that is shorter is filled
-            up.
+        encode: maps `chunk` entries to tensors with a row for each; the last, shorter chunk is padded.
         title: of the progress bar.
 
     Raises:
