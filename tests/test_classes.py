@@ -236,7 +236,7 @@ def test_settings_of_conditions_need_a_conditional_model(tmp_path, key, value):
     outcome = run("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path)
     assert outcome.returncode == 2
     assert f"{key.replace('__', '.')}: found" in outcome.error
-    assert "only a model conditioned on classes (model.class_conditional=true) takes it" in outcome.error
+    assert "only a model conditioned on classes (model.class_conditional=true) " in outcome.error
 
 
 def test_another_set_of_classes_is_another_run(finished, tmp_path):
