@@ -6,8 +6,8 @@
 
 Run the same command again to resume a run. A step is an optimizer update everywhere, never a micro-batch.
 
-After an error `accelerate launch` prints a traceback of its own, which `accelerate launch --quiet` leaves out; it ends
-with exit code 1 in either case. `python train.py` ends with 2 after a mistake in the config, the data or the launch, 1
+After an error `accelerate launch` prints a traceback of its own, which `--quiet` leaves out with one process; it ends
+with exit code 1 in any case. `python train.py` ends with 2 after a mistake in the config, the data or the launch, 1
 after another failure, 130 after Ctrl-C and 143 after any other signal; the last two are resumable.
 """
 
@@ -108,7 +108,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     flops, note = flops_per_image(kind, train_images.shapes), shapes_note(train_images.shapes, sampler)
     say(on_main_process(lambda: plan(config, accelerator, layout, kind, *counts, data_notes(kind, *data), flops, note)))
 
-    # Encoded once, before training; a check encodes no more than what the network is judged by.
+    # Encoded once, before training; a check encodes only the images of `check_prediction_type`.
     if encodings is not None:
         encodings.make(accelerator, images=DRAWS if check or measure else None)
         kind.remember(encodings.prompts())

@@ -154,8 +154,8 @@ A usual one ({usual_millions:.0f} M parameters), for pictures of 64 pixels on a 
 def meanings() -> dict[str, dict[str, str]]:
     """Class -> key -> the string below it, which Python does not keep."""
     found: dict[str, dict[str, str]] = {}
-    rooms = sorted((ROOT / "finetune/config").glob("*.py"))
-    for node in (node for room in rooms for node in ast.parse(room.read_text()).body):
+    files = sorted((ROOT / "finetune/config").glob("*.py"))
+    for node in (node for file in files for node in ast.parse(file.read_text()).body):
         if isinstance(node, ast.ClassDef):
             for key, text in zip(node.body, node.body[1:], strict=False):
                 if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr):

@@ -64,8 +64,8 @@ ROWS = {  # command -> the first cell of each row that it prints
     "scale --short": [
         *("100,000, full", "100,000, blocks"),
         *("timesteps, stratified", "timesteps, uniform", "dropped conditions"),
-        "positions between neighbours of the source",
-        *(f"images of an update of {size} with another one of 64 in a row" for size in (64, 256, 1024)),
+        "mean positions between images adjacent in the source",
+        *(f"images of an update of {size} with another of their span of 64" for size in (64, 256, 1024)),
         *(f"variance of a class's images in {size} in a row, of a sorted source" for size in ("64", "1,024", "16,384")),
         *("full", "blocks", "full, sorted by class", "blocks, sorted by class"),
         *("full, 100 of them", "blocks, 2,000 of them"),

@@ -108,7 +108,10 @@ def test_a_run_killed_while_it_is_measured_resumes_with_the_same_distances(base,
         ),
         ("validation.quality=null", "checkpoint.keep_best: found true; needs validation.quality"),
         ("data.validation_fraction=0.05", "validation.quality: found 1 held-out image; expected at least 2"),  # of 24
-        ("validation.quality.images=1", "validation.quality.images: found 1; expected at least 2, which have a spread"),
+        (
+            "validation.quality.images=1",
+            "validation.quality.images: found 1; expected at least 2, to estimate a covariance",
+        ),
         (
             "validation.quality.image=3",
             "image: unknown key; did you mean validation.quality.images?",

@@ -1,4 +1,4 @@
-"""train.py from a config to a pipeline: the README's job, the notebook recipes, objectives, two processes, bf16."""
+"""train.py from a config to a pipeline: the README's job, the course recipes, objectives, two processes, bf16."""
 
 import json
 
@@ -87,7 +87,7 @@ def faces(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "weights_format"), [("butterflies", "safetensors"), ("wikiart", "bin")])
-def test_a_notebook_recipe_trains_on_local_pictures(faces, tmp_path, recipe, weights_format):
+def test_a_course_recipe_trains_on_local_pictures(faces, tmp_path, recipe, weights_format):
     config = yaml.safe_load((ROOT / f"configs/{recipe}.yaml").read_text())
     changes = {
         "model.pretrained": faces / weights_format,

@@ -24,7 +24,7 @@ from finetune.config.fields import (
 from finetune.config.section import Section
 
 
-def doubles(key: str, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+def duplicates(key: str, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:
     """A problem for each shape that a list has more than once."""
     for shape in dict.fromkeys(shapes):
         if shapes.count(shape) > 1:
@@ -117,4 +117,4 @@ class DataConfig(Section):
         if self.caption is not None and self.caption_column is not None:
             yield "caption", f"found {short(self.caption)} and a caption_column; expected one of them"
         if isinstance(self.buckets, tuple):
-            yield from doubles("buckets", self.buckets)
+            yield from duplicates("buckets", self.buckets)

@@ -1,13 +1,13 @@
 """The schema of a run's config. Its keys are the public interface.
 
-Each section's keys are in a room of their own: inputs, updates, outputs. The string below a key says what it means and
+The sections are defined in inputs.py, updates.py and outputs.py. The string below a key says what it means and
 in which unit; docs/make_config.py makes docs/config.md of them.
 """
 
 from collections.abc import Iterator
 
 from finetune.config.fields import Path, Seed, short
-from finetune.config.inputs import DataConfig, ModelConfig, doubles
+from finetune.config.inputs import DataConfig, ModelConfig, duplicates
 from finetune.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, SamplesConfig, ValidationConfig
 from finetune.config.section import Section
 from finetune.config.updates import EMAConfig, LRSchedulerConfig, OptimizerConfig, TrainingConfig
@@ -52,7 +52,7 @@ class Config(Section):
             problem = "found true with model.lora, whose adapters take little memory; expected false"
             yield "training.shard", f"{problem} (model.lora.base_dtype halves what the frozen weights take)"
         if self.samples.shapes is not None:
-            yield from doubles("samples.shapes", self.samples.shapes)
+            yield from duplicates("samples.shapes", self.samples.shapes)
             if self.data.buckets is None:
                 given = short([list(shape) for shape in self.samples.shapes])
                 yield "samples.shapes", f"found {given}; only valid with data.buckets"

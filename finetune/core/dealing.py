@@ -47,7 +47,7 @@ class Dealing:
 
     @property
     def weight(self) -> float:
-        """Of an image's loss: it undoes Accelerate's division, and DDP's by the processes, to a mean over n images."""
+        """Weight of one image's loss: cancels Accelerate's and DDP's divisions, which leaves the mean over n images."""
         return self.gradient_accumulation_steps * self.num_processes / self.num_images
 
     @property
@@ -69,9 +69,9 @@ def _marked(micro_batch: MicroBatch) -> Places:
 
 @lru_cache(maxsize=4)  # a full window and an epoch's last are all that a run has
 def deal_evenly(num_images: int, layout: BatchLayout) -> Dealing:
-    """Deal out images of one shape in runs of `micro_batch_size`: micro-step k, process r gets run kP + r.
+    """Deal out images of one shape, `micro_batch_size` at a time: micro-batch kP + r is micro-step k of process r.
 
-    A full window takes N micro-steps, a shorter one as few as hold it. What is missing to fill the last runs is
+    A full window takes N micro-steps, a shorter one as few as hold it. What is missing to fill the last ones is
     padding, the window's first image.
     """
     micro, processes = layout.micro_batch_size, layout.num_processes
@@ -95,7 +95,7 @@ def deal_by_shape(shapes: Sequence[int] | npt.NDArray[np.int64], layout: BatchLa
     at most one micro-batch. Only in a shorter window may a share have fewer than K images: what it lacks is padding,
     micro-batches of one image, since attention cannot take empty ones.
 
-    The longest come first: whether memory will do shows at once, and the noise scale is measured with first ones.
+    The largest come first, so that running out of memory shows at once; the noise scale is measured with these.
 
     Args:
         shapes: a number for the shape of the image at each place.

@@ -1,4 +1,4 @@
-"""The groups that processes talk in: one for gradients, which fails soon, and one of control, which can wait a day.
+"""Two process groups: one for gradients, with a short timeout, and a control group, which may wait a day.
 
 A process that decodes, samples or writes alone lets the others wait in the control group for as long as it takes. In
 the gradients' group all of them have the same work, so that a process which does not come within minutes never will.
@@ -42,7 +42,7 @@ def processes() -> PartialState:
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
         state = PartialState(cpu=cpu, timeout=GRADIENTS_TIMEOUT, **_store_of_attempt())
         if dist.is_initialized() and not _control:
-            # Made with the short timeout, because it is also the connections': only then does it get patient.
+            # The timeout applies to connecting too: short at first, raised afterwards.
             group = dist.new_group(backend="gloo", timeout=GRADIENTS_TIMEOUT)
             dist.distributed_c10d._set_pg_timeout(CONTROL_TIMEOUT, group)
             _control.append(group)
@@ -71,7 +71,7 @@ def control_group() -> dist.ProcessGroup | None:
 
 
 def _store_of_attempt() -> dict[str, Any]:
-    """Where processes meet that the launcher has started again (`--max_restarts`); nothing at their first start.
+    """The store for processes that the launcher has started again (`--max_restarts`); empty at their first start.
 
     The store is the launcher's, and with Accelerate's `rdzv_backend: static` it outlives them: a new process would look
     up the address of a dead one there, and wait for it for as long as a connection may take.
@@ -89,9 +89,9 @@ def _store_of_attempt() -> dict[str, Any]:
 def _notice_silent_hosts() -> None:
     """Have the kernel end this process's connections to a host that has been silent for `SILENCE`.
 
-    A host that lost its power or its link closes nothing: without this, who waits for it in the control group waits for
-    a day. The kernel of a living host answers for a process that decodes for hours, or is stopped. gloo has no option
-    for it, so this goes over the sockets that are open: those of both groups, and of the store that they met in.
+    A host that lost its power or link closes nothing: without this, a process in the control group would wait for it
+    for a day. The kernel of a living host answers for a process that decodes for hours, or is stopped. gloo has no
+    option for it, so this goes over the sockets that are open: those of both groups, and of the store that they met in.
     """
     half = max(1, round(SILENCE.total_seconds() / 2))
     idle = "TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE"

@@ -25,9 +25,10 @@ def processes_here() -> int:
 
 
 def check_same_command(config: str, **options: Any) -> None:
-    """Find processes that were started with another command, which would silently not count. Called by all processes.
+    """Raise if processes were started with different commands. Called by all of them.
 
-    On several hosts each command is typed, or filled in, on its own; the main process reads the config for all.
+    On several hosts each command is typed, or filled in, on its own; the main process reads the config for all,
+    so a difference would be ignored.
 
     Args:
         config: its file, of which the name has to be the same, and not the folder.
@@ -47,12 +48,12 @@ def check_same_command(config: str, **options: Any) -> None:
 
 
 def require_same(own: T, problem: Callable[[T, T, str, str], str | None]) -> None:
-    """Find what differs between processes and may not: each host has its own files. Called by all processes.
+    """Raise if what may not differ between processes does: each host has its own files. Called by all processes.
 
     Args:
         own: what this process has; has to be picklable.
-        problem: of what the main process has and what another one has, and the names of that other and of the main
-            one; None if they are the same run.
+        problem: called as (what the main process has, what another one has, the other's name, the main one's name);
+            returns an error text, or None if they are the same run.
 
     Raises:
         UserError: on all processes, with the first problem.

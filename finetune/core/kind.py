@@ -14,8 +14,8 @@ Batch = Mapping[str, torch.Tensor]
 
 - `noise` (b, C, H, W) as the clean tensor, `timesteps` int64 (b,), `weights` (b,), of every kind of model;
 - pixel models: `images` uint8 (b, C, H, W);
-- latent models: `latents` (b, C, h, w), drawn from the posterior and not scaled, or what they are drawn from, where
-  crops are random: `images` as above and standard normal `posterior` (b, C, h, w); `text` (b, tokens, width), and
+- latent models: `latents` (b, C, h, w), drawn from the posterior and not scaled; with random crops instead `images` as
+  above and the standard normal `posterior` (b, C, h, w) to draw them with; `text` (b, tokens, width), and
   where the pipeline has them `pooled` (b, width) and `time_ids` (b, 6);
 - conditional models: `dropped` bool (b,), and those of classes `labels` int64 (b,).
 """
@@ -52,8 +52,8 @@ class Encoders(Protocol):
     Attributes:
         image_key, text_key: hashes of all that an encoded image or text depends on, apart from itself.
         text_fields: what a text becomes: `text`, and `pooled` where the pipeline has it.
-        text_chunk: how many are encoded at once: always so many, so that an entry never depends on others.
-        sized: whether the network is told the size and crop of an image.
+        text_chunk: how many are encoded at once: always exactly this many, so that an entry never depends on others.
+        sized: whether the network is conditioned on the size and crop of an image.
     """
 
     image_key: str
@@ -67,7 +67,7 @@ class Encoders(Protocol):
         ...
 
     def image_chunk(self, shape: Shape) -> int:
-        """How many images of a shape are encoded at once: always so many."""
+        """How many images of a shape are encoded at once: always exactly this many."""
         ...
 
     def images(self, pixels: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
@@ -94,12 +94,12 @@ class Kind(Protocol):
         network: the network that is trained, without the wrappers that Accelerate puts around it.
         noise_scheduler: noises its inputs, and names its prediction type.
         image_format: what it needs of the data.
-        conditional: whether it is told something about an image besides its pixels, which may be dropped.
+        conditional: whether it is conditioned on a class or caption, which may be dropped.
         captioned: whether that is a caption.
         class_names: the classes that it knows by name; none unless it is class-conditional.
         export_name: of the folder of a finished run that `save` writes.
         made_for: pixels a side that the model came with; None where it names no square.
-        variant: of the pretrained weights, such as fp16, where there are no others; else None.
+        variant: such as fp16, if the pretrained weights have no other; else None.
         divisor: what both sides of a picture have to be multiples of.
         shapes: of the pictures that are trained; the square of the image format, unless `train_shapes` sets others.
         crop_encoder: on the meta device, the network that `inputs` encodes random crops with, which is in memory while
@@ -176,7 +176,7 @@ class Kind(Protocol):
         """Write what others load of the present weights into a folder.
 
         Raises:
-            UserError: if it does not do, loaded again, what the network does.
+            UserError: if the output of what was written, loaded again, differs from the network's.
         """
         ...
 

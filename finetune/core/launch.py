@@ -1,4 +1,4 @@
-"""The launch: what it asked for is what there is, or one line that says what is not."""
+"""Checks that the processes, the precision and the tracker are what the launch asked for."""
 
 import os
 import sys
@@ -24,14 +24,14 @@ _ACCUMULATION_VARIABLE = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 def check_processes() -> None:
-    """Find processes that were asked for and do not know of each other, each of which would train alone.
+    """Raise if processes that were asked for do not know of each other: each would train alone.
 
     Raises:
         UserError: on every such process, with its message on the first.
     """
     _refuse_sharded_launches()
     if processes().num_processes > 1:
-        _rest_before_forks()
+        _pause_before_forks()
         return
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if asked > 1:
@@ -60,7 +60,7 @@ def _refuse_sharded_launches() -> None:
             raise launch_error(problem)
 
 
-def _rest_before_forks() -> None:
+def _pause_before_forks() -> None:
     """Wait a moment before every fork, which starts data workers.
 
     Before Python 3.12 the child waits forever (python/cpython#112275) if another thread held the interpreter's list of

@@ -27,8 +27,8 @@ def run_shapes(buckets: int | Sequence[tuple[int, int]] | None, resolution: int,
     """The shapes of a run's pictures, which differ.
 
     Args:
-        buckets: None for the square; so many of diffusers' ladder of aspect ratios, which goes outwards from the square
-            and whose areas are about resolution^2; or each (width, height).
+        buckets: None for the square; n for the first n of diffusers' buckets, which go outwards from the square and
+            have areas of about resolution^2; or each (width, height).
         resolution: pixels a side of the square.
         divisor: what the network needs both sides to be multiples of.
 

@@ -85,7 +85,7 @@ def is_sharded(network: torch.nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, in the same memory and without autograd; of another one the tensor."""
+    """This process's part of a sharded tensor, in the same memory, without autograd; an ordinary one is unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
     detached: Any = tensor.detach()
@@ -93,19 +93,19 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, which all processes have to ask for together; of another one the tensor."""
+    """All of a sharded tensor, which all processes have to ask for together; an ordinary one is returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part(full: Tensor, like: Tensor) -> Tensor:
-    """Of a tensor that is whole, the part that this process holds of one like it."""
+    """The part of a whole tensor that this process holds; returned unchanged if `like` is not sharded."""
     if not isinstance(like, DTensor):
         return full
     return local(distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None))
 
 
 def sharded(local_part: Tensor, like: Tensor) -> Tensor:
-    """A process's part as a sharded tensor of the shape of another one; a part of one that is not sharded as it is.
+    """This process's part as a sharded tensor like `like`; returned unchanged if `like` is not sharded.
 
     Without shape and stride torch takes all parts to be as large as this one, and they are not where P does not divide.
     """

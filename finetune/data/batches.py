@@ -13,7 +13,7 @@ from finetune.data.pixels import Images
 class Batches(Dataset[dict[str, torch.Tensor]]):
     """Makes a micro-batch of its slots. Each value is a function of (seed, epoch, position) and the image.
 
-    For a model that is told the class of an image, `labels` has the class of each, int64 (n,); an image's is dropped
+    For a class-conditional model, `labels` has the class of each, int64 (n,); an image's is dropped
     with the probability `condition_dropout`. `noise_offset` is the strength of noise that a channel has in all of its
     pixels (Guttenberg 2023, "Diffusion with Offset Noise").
     """
@@ -103,7 +103,7 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         return {"images": self.read_images(slots)}
 
     def conditions(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
-        """What the network is told: labels, int64 (b,), where there are labels."""
+        """The network's conditions: labels, int64 (b,), where there are labels."""
         if self.labels is None:
             return {}
         return {"labels": torch.from_numpy(self.labels[[slot.image for slot in slots]])}

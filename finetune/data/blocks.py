@@ -14,29 +14,29 @@ Indices = npt.NDArray[np.int64]
 Line = tuple[Indices, int, int]
 
 # Another size is another order, which a run would resume in without a word: give it a name of its own in the config.
-SHARD = 64  # consecutive images of the source
-BLOCK = 16  # shards of one stripe that are mixed with each other
+SPAN = 64  # consecutive images of the source
+BLOCK = 16  # spans of one stripe that are mixed with each other
 STRIPES = 64
 
 
 class BlockOrder:
     """The order of any epoch, a function of (seed, epoch) and the number of images n.
 
-    The source is cut into shards, which are shuffled and laid end to end: the epoch's line. It is closed to a ring, and
+    The source is cut into spans, which are shuffled and laid end to end: the epoch's line. It is closed to a ring, and
     from a random place on it is cut into C stripes, of which no two differ by more than one image. Position p is of
-    stripe p mod C, so images of one shard are C positions apart, or a multiple of it, but for shards across a stripe's
-    end. A stripe is taken block by block, and within a block of shards in random order. Each image is equally likely at
+    stripe p mod C, so images of one span are C positions apart, or a multiple of it, but for spans across a stripe's
+    end. A stripe is taken block by block, and within a block of spans in random order. Each image is equally likely at
     each position.
 
-    The blocks that the stripes are at are at any time those of consecutive positions, `shard` x `block` x `stripes` of
-    them. They are drawn when they are asked for; beside them only the order of the shards is held.
+    The blocks that the stripes are at are at any time those of consecutive positions, `span` x `block` x `stripes` of
+    them. They are drawn when they are asked for; beside them only the order of the spans is held.
     """
 
-    def __init__(self, seed: int, num_images: int, shard: int = SHARD, block: int = BLOCK, stripes: int = STRIPES):
-        self.seed, self.num_images, self.shard, self.stripes = seed, num_images, shard, stripes
-        self.length = shard * block  # images of a block
+    def __init__(self, seed: int, num_images: int, span: int = SPAN, block: int = BLOCK, stripes: int = STRIPES):
+        self.seed, self.num_images, self.span, self.stripes = seed, num_images, span, stripes
+        self.length = span * block  # images of a block
         self.mixed = self.length * stripes  # images that are mixed at a time
-        self._line = lru_cache(maxsize=2)(self._shuffled_shards)
+        self._line = lru_cache(maxsize=2)(self._shuffled_spans)
         self._blocks = lru_cache(maxsize=2)(self._shuffled_blocks)
 
     def images(self, epoch: int, positions: Sequence[int] | Indices) -> Indices:
@@ -49,12 +49,12 @@ class BlockOrder:
             found[here] = self._blocks(epoch, number)[places[here] - number * self.mixed]
         return found
 
-    def _shuffled_shards(self, epoch: int) -> Line:
-        """The numbers of the shards in the epoch's order, the place in it of the source's last one, which may be
+    def _shuffled_spans(self, epoch: int) -> Line:
+        """The numbers of the spans in the epoch's order, the place in it of the source's last one, which may be
         shorter than others, and the image's place at which the first stripe begins."""
         generator = np.random.default_rng((self.seed, epoch))
-        shards = generator.permutation(-(-self.num_images // self.shard))
-        return shards, int(np.argmax(shards)), int(generator.integers(self.num_images))
+        spans = generator.permutation(-(-self.num_images // self.span))
+        return spans, int(np.argmax(spans)), int(generator.integers(self.num_images))
 
     def _shuffled_blocks(self, epoch: int, number: int) -> Indices:
         """The images at positions number x mixed and following, of one block of each stripe: at most `mixed`."""
@@ -74,8 +74,8 @@ class BlockOrder:
 
     def _on_line(self, epoch: int, places: Indices) -> Indices:
         """The images at some places of the epoch's line, counted from the first stripe's beginning."""
-        shards, last, begin = self._line(epoch)
+        spans, last, begin = self._line(epoch)
         places = (places + begin) % self.num_images
-        missing = -self.num_images % self.shard  # images that the source's last shard is short of
-        shard, inside = np.divmod(places + missing * (places >= (last + 1) * self.shard - missing), self.shard)
-        return shards[shard] * self.shard + inside
+        missing = -self.num_images % self.span  # images that the source's last span is short of
+        span, inside = np.divmod(places + missing * (places >= (last + 1) * self.span - missing), self.span)
+        return spans[span] * self.span + inside

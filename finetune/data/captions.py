@@ -1,7 +1,7 @@
 """Captions: the texts that go with each image, and which of them an image is trained with.
 
-An image may have several. The choice is drawn anew at each of its positions, as a stream of its own, so that a caption
-more or less changes neither noise nor timesteps.
+An image may have several. The choice is drawn anew at each of its positions, as a stream of its own, so that adding
+or removing a caption changes neither noise nor timesteps.
 """
 
 import hashlib

@@ -31,7 +31,7 @@ class EncodedBatches(Batches):
         condition_dropout: float,
         noise_offset: float = 0.0,
     ):
-        """The encodings have to be made when the first batch is."""
+        """The encodings have to exist before the first batch is read."""
         super().__init__(
             images,
             seed,
@@ -64,7 +64,7 @@ class EncodedBatches(Batches):
         return randomness.noise(self.seed, slot.epoch, slot.position, self.shape(slot.image), "posterior")
 
     def conditions(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
-        """What the network is told: embeddings of a caption of each image, and sizes where the model reads them."""
+        """The network's conditions: embeddings of a caption of each image, and sizes where the model reads them."""
         told = self._embedded([self.captions.drawn(self.seed, slot) for slot in slots])
         return told | self._time_ids([self.size_of(slot) for slot in slots])
 
@@ -80,7 +80,7 @@ class EncodedBatches(Batches):
         return {"latents": means.to(torch.get_default_dtype())}
 
     def size_of(self, slot: Slot) -> list[int]:
-        """What SDXL is told of the size and the crop of a slot's image."""
+        """SDXL's size and crop of a slot's image."""
         return size_and_crop(self.images, slot.image, self.flipped(slot))
 
     def _posterior(self, image: int, flipped: bool) -> dict[str, torch.Tensor]:
@@ -92,12 +92,12 @@ class EncodedBatches(Batches):
         return {name: torch.stack([entry[name] for entry in entries]).to(dtype) for name in self.embeddings.fields}
 
     def _time_ids(self, sizes: list[list[int]]) -> dict[str, torch.Tensor]:
-        """SDXL's size and crop of each image; none for models that are not told them."""
+        """SDXL's size and crop of each image; none for models that do not read them."""
         return {"time_ids": torch.tensor(sizes)} if self.sized else {}
 
 
 class CroppedBatches(EncodedBatches):
-    """Of random crops, which no cache can hold: what the model encodes and draws their latents with."""
+    """Batches of random crops, which no cache can hold: pixels, and the noise to draw their latents with."""
 
     cut = "random"
 
@@ -106,7 +106,7 @@ class CroppedBatches(EncodedBatches):
         return {"images": self.read_images(slots), "posterior": torch.stack([self.draw(slot) for slot in slots])}
 
     def means(self, images: list[int]) -> dict[str, torch.Tensor]:
-        """What the model makes the means of posteriors of: centres, which are not deviated from."""
+        """Centre crops with zeros for noise, of which the model makes the means of the posteriors."""
         centers = self.centers(images)
         return {"images": centers, "posterior": torch.zeros(len(images), *self.shape(images[0]))}
 

@@ -101,8 +101,8 @@ class Encodings:
         Each piece is saved when it is complete, so an interrupted run continues with the next.
 
         Args:
-            images: to train on, of which the first so many are encoded alone, each with its first caption, and no
-                prompts; None: everything.
+            images: encode only this many training images, the first ones, with their first captions, and no prompts;
+                None: everything.
 
         Raises:
             UserError: on all processes, if there is no room for everything, an encoder's output is not finite, or what

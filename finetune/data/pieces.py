@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Piece(NamedTuple, Generic[T]):
-    """Entries that become a file of their store: what each is made from, by key; so many are encoded at once."""
+    """Entries that become a file of their store: what each is made from, by key; `chunk` are encoded at once."""
 
     store: Store
     chunk: int
@@ -80,8 +80,7 @@ def make_pieces(
 
     Args:
         pieces: the same on all processes that see the same cache.
-        encode: makes tensors, a row an entry, of as many entries as a chunk has; a last one that is shorter is filled
-            up.
+        encode: maps `chunk` entries to tensors with a row for each; the last, shorter chunk is padded.
         title: of the progress bar.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Shards behind a URL: which there are, and what back-ends raise in words.
+"""Lists the shards behind a URL, and turns the errors of back-ends into one line.
 
 Whatever fsspec opens: s3://, gs://, hf://, https://, file://. Cache path of a shard:
 HF_DATASETS_CACHE/shards/<address, size and ETag>/<name>
@@ -30,7 +30,7 @@ class Shard(NamedTuple):
     address: str  # as its file system names it
     relative: str  # to the URL
     size: int  # bytes
-    state: str  # another one is another content; empty where the server tells none
+    state: str  # changes when the content does; empty if the server reports none
 
     @property
     def path(self) -> str:

@@ -1,4 +1,4 @@
-"""Samples that are not 8-bit channels, as those that a viewer shows; what no convention makes a picture is refused."""
+"""Converts samples other than 8-bit channels to what a viewer shows; refuses those that have no agreed meaning."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -44,7 +44,7 @@ def check_schemas(files: list[str]) -> None:
             feature = datasets.Features.from_arrow_schema(schema)[field.name]
             if isinstance(feature, datasets.ClassLabel):
                 meaning = f"the classes {', '.join(feature.names[:20])}"
-            # The first file's type is taken for all, and nothing can be read as a type of no values.
+            # `datasets` takes the first file's type for all, and a null column cannot be cast to or from it.
             if pa.types.is_null(field.type) and field.name not in seen:
                 meaning = NOTHING
             elif found.get(field.name, ("", ""))[0] == NOTHING and not pa.types.is_null(field.type):

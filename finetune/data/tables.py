@@ -26,7 +26,7 @@ Classes = Mapping[str, datasets.ClassLabel]
 def build(name: str, **options: Any) -> dict[str, datasets.Dataset]:
     """The splits of what `datasets.load_dataset` would load.
 
-    Of a hub's README.md that names classes and no column of pictures, it would read the named columns alone.
+    If a hub's README.md declares columns of classes and none of pictures, it would read only those that are declared.
     """
     builder = datasets.load_dataset_builder(name, **options)
     described = builder.info.features or {}

@@ -1,7 +1,8 @@
-"""Whether a pretrained network predicts what its pipeline says: noise or velocity. The commonest wrong mark.
+"""Whether a pretrained network predicts what its pipeline says: noise or velocity.
 
 With x_t = a x + s e (Salimans & Ho 2022, appendix D), the velocity v = a e - s x is almost the negative image at high
-noise, where a is small, while a network of noise almost repeats its input. So a wrong mark shows in one step.
+noise, where a is small, while a network of noise almost repeats its input. So a wrong
+`prediction_type`, a common mistake, shows in one step.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from finetune.evaluation.validation import predict_noised
 
 LEVELS = 0.05, 0.02, 0.01, 0.005  # a^2, the signal's share of the variance, at the timesteps that are looked at
 DRAWS = 16
-_EXPLAINED, _UNEXPLAINED, _SMALLER = 0.4, 0.8, 0.85  # errors of a target that is, is not, and is a little explained
+_EXPLAINED, _UNEXPLAINED, _SMALLER = 0.4, 0.8, 0.85  # error of a target that is predicted, is not, and for v
 _OTHER = {"epsilon": "v_prediction", "v_prediction": "epsilon"}
 
 
@@ -31,10 +32,10 @@ class Readings(NamedTuple):
 
     @property
     def shown(self) -> str | None:
-        """What the network evidently predicts; None where it cannot be told, as of one that is hardly trained.
+        """What the network evidently predicts; None where that is not clear, as of one that is hardly trained.
 
-        Noise is explained well by any network of noise, since its input is nearly that. Velocity has the image in it,
-        which nobody sees well through so much noise: some of it, with the sign that only velocity has.
+        Noise is explained well by any network of noise, since its input is nearly that. Velocity has the negative
+        image in it, which can be recovered only in part at this noise: a slightly smaller error with its sign will do.
         """
         if self.epsilon < _EXPLAINED and self.v_prediction > _UNEXPLAINED:
             return "epsilon"

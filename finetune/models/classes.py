@@ -1,7 +1,7 @@
-"""Class-conditional pixel models: a UNet2DModel that is told the class of the image that it denoises.
+"""Class-conditional pixel models: a UNet2DModel that is conditioned on the class of the image that it denoises.
 
 The class embedding has a row for each class and a last one for "no class", which diffusers' UNet2DModel lacks: images
-whose label is dropped are trained with it, and guidance compares with it.
+whose label is dropped are trained with it, which guidance needs.
 """
 
 import json

@@ -82,13 +82,13 @@ class Folder:
 
     @property
     def variant(self) -> str | None:
-        """Variants, such as fp16, of weights that there are no others of."""
+        """Variant, such as fp16, of components whose weights have no other."""
         found = {variant(self.path / part) or "" for part in ("unet", "vae", *self.text_encoders)}
         return " and ".join(sorted(found - {""})) or None
 
     @property
     def sized(self) -> bool:
-        """Whether the UNet is told the size and the crop of an image, as SDXL's is."""
+        """Whether the UNet is conditioned on the size and the crop of an image, as SDXL's is."""
         return self.pipeline_class is StableDiffusionXLPipeline
 
     @property

@@ -93,7 +93,7 @@ class PipelineEncoders:
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The same where the pixels are, `image_chunk` of them at a time, so that more take no more memory."""
+        """The same on the pixels' device, `image_chunk` of them at a time, so that more take no more memory."""
         vae: Any = self.crop_encoder if pixels.is_meta else self._loaded_vae(pixels.device)
         parts = pixels.split(self.image_chunk(Shape(*pixels.shape[2:])))
         with _in_float32(pixels.device):

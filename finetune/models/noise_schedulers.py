@@ -31,7 +31,7 @@ def check_scheduler(name: str, library: str, scheduler: str, config: dict[str, A
 
 
 def check_noise_levels(noise_scheduler: DDPMScheduler) -> None:
-    """Raise UserError if a noise scheduler's settings are not those of a run."""
+    """Raise UserError if a noise scheduler's settings cannot be trained with."""
     config, section = noise_scheduler.config, "model.noise_scheduler"
     steps, alphas = config.num_train_timesteps, noise_scheduler.alphas_cumprod
     if type(steps) is not int or steps < 1:

@@ -26,7 +26,7 @@ images = pipeline("{prompt}", num_inference_steps={steps}, guidance_scale=5.0).i
 
 
 class StableDiffusion:
-    """The kind of model that denoises latents and is told a caption; see `core.kind.Kind`.
+    """The kind of model that denoises latents and is conditioned on a caption; see `core.kind.Kind`.
 
     Attributes:
         network: in torch's default dtype and in training mode. Its `config.sample_size` is that of the latents that are
@@ -66,9 +66,9 @@ class StableDiffusion:
         self.shapes = shapes
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
-        """The scaled latents, (b, c, h, w), and what the UNet is told of the captions; nothing where they are dropped.
+        """The scaled latents, (b, c, h, w), and the captions' embeddings; where dropped, those of no caption.
 
-        SDXL's UNet is also told the original size, the crop's corner and the target size, each (h, w).
+        SDXL's UNet also reads the original size, the crop's corner and the target size, each (h, w).
         """
         told = {}
         for name, absent in self._absent(batch["text"].device).items():
@@ -88,7 +88,7 @@ class StableDiffusion:
         """The same for prompts that are remembered; None is no caption.
 
         Args:
-            shape: of the images that are drawn, which are told to be of that size and not cropped; None: the square.
+            shape: of the images that are drawn, as if of that original size and not cropped; None: the square.
         """
         known = [self.absent if name is None else self.prompts[name] for name in names]
         dtype = torch.get_default_dtype()

@@ -37,7 +37,7 @@ images = pipeline(batch_size=4, num_inference_steps={steps}).images
 
 
 class Unconditional:
-    """The kind of model that denoises pixels and is told nothing else; see `core.kind.Kind`.
+    """The kind of model that denoises pixels, without conditions; see `core.kind.Kind`.
 
     Attributes:
         network: in torch's default dtype and in training mode. Its `config.sample_size` is the resolution that is

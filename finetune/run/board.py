@@ -72,7 +72,7 @@ DESCRIPTIONS = {
     "time/update": "Seconds of the update in gradient clipping and the optimizer's step.",
     "time/logging": "Seconds spent logging the update before.",
 }
-CHARTS = {  # the page of custom scalars, which tells runs by colour, tags only by markers: one tag a chart
+CHARTS = {  # Custom Scalars: one tag a chart, since it colours by run and not by tag
     "Loss": {
         "training and validation": ["Multiline", ["^loss$"]],
         "each update": ["Multiline", ["^loss/each_update$"]],

@@ -87,7 +87,7 @@ def save(
 
     @writing(folder)
     def write() -> dict[str, Any]:
-        """Returns what this process found of its files, which the main one need not read again."""
+        """Returns the manifest's entries of this process's files, so that the main one need not read them again."""
         own = {}
         if parts is not None:
             own = manifest.describe(temporary, shards.write(temporary, parts))

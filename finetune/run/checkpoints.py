@@ -150,7 +150,7 @@ def _delete(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Of a link the link alone: what it leads to lies where the user put it."""
+    """Delete a folder; of a symlink only the link, since what it leads to lies where the user put it."""
     with contextlib.suppress(OSError):
         folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
 

@@ -26,7 +26,7 @@ def seal(folder: Path, step: int, names: Iterable[str], described: Mapping[str, 
     """Sync these files of a folder to disk, then write and sync the manifest that lists them.
 
     Args:
-        described: what other processes found of theirs.
+        described: entries that other processes made for their own files.
     """
     files = {**describe(folder, names), **described}
     manifest = folder / MANIFEST

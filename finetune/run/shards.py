@@ -121,7 +121,7 @@ def _complete(tensor: TensorStorageMetadata) -> bool:
 
 
 def _load_whole(files: Path, weights: Weights, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
-    """Of files of a run that was not sharded, which are mapped into memory."""
+    """Load the files of a run that was not sharded, mapped into memory."""
     load_whole(files / "model.safetensors", weights, [local(weight) for weight in weights.values()])
     if ema is not None:
         load_whole(files / "ema.safetensors", weights, ema.shadow_params)

@@ -53,7 +53,7 @@ def results(history: list[dict[str, Any]], updates: int, images: int, seconds: f
 
 
 def hyperparameters(config: Config, global_batch_size: int, total_steps: int) -> dict[str, float | str]:
-    """Settings by which TensorBoard compares runs; null is the word, since a number would be a setting."""
+    """Settings by which TensorBoard compares runs; one that is not set is the text "null", and not a number."""
     return {
         "global_batch_size": global_batch_size,
         "updates": total_steps,

@@ -123,13 +123,14 @@ class Trials:
         """Whether an update of so many images completes.
 
         Linux overcommits memory on a CPU and kills the process that uses it, so an update is not tried there if it
-        would need more than is free: by the activations for one image, by the largest trial so far for more.
+        would need more than is free: estimated from one image's activations, later from the largest
+        trial.
         """
         return bool(_within_memory(lambda: self._may_be_tried(size) and self._complete(size)))
 
     def _may_be_tried(self, size: int) -> bool:
         fits = self._fits_the_free_memory(size)
-        return all_agree(fits) if is_sharded(self.kind.network) else fits  # none goes through the parts of others alone
+        return all_agree(fits) if is_sharded(self.kind.network) else fits  # a forward pass needs all processes
 
     def _fits_the_free_memory(self, size: int) -> bool:
         return not self.on_cpu or size == 1 or self.needed(size) <= self.free

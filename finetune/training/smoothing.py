@@ -1,4 +1,4 @@
-"""A training loss that follows the network and not the luck of the draw."""
+"""A smoothed training loss, corrected for which timesteps were drawn."""
 
 import math
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ class Trend:
 
 @dataclass
 class SmoothedLoss:
-    """The training loss without the luck of the timesteps' draw, averaged over about eight updates without lag.
+    """The training loss, corrected for which timesteps were drawn, averaged over about eight updates without lag.
 
     An image's loss is modelled as level x baseline x noise. The baseline is that of its noise level (its range of
     timesteps) and of its group, relative to their mean; it follows the images as a running mean of loss / level, so

@@ -135,7 +135,7 @@ def _compiled_distance(
 def _gradients(
     network: torch.nn.Module, kind: Kind, tried: Sequence[tuple[Shape, int]], device: torch.device
 ) -> list[Tensor]:
-    """Of the mean squared error of each micro-batch, by the trainable parameters, one micro-batch after the other."""
+    """Gradients of the mean squared error for all trainable parameters, micro-batch by micro-batch."""
     gradients = []
     # Dropout draws, and the compiled network draws other numbers.
     network.train(not layout_dependent_layers(kind.network))
@@ -147,7 +147,7 @@ def _gradients(
 
 
 def _taken(weights: Iterable[Tensor]) -> list[Tensor]:
-    """Their gradients, which they have no longer."""
+    """Clone the gradients of weights, and clear them."""
     taken = []
     for weight in weights:
         # Cloned, since DDP's gradients lie in the buckets that it reduces, and the next ones overwrite them.

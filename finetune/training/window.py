@@ -20,7 +20,7 @@ class WindowResult(NamedTuple):
     grad_norm: float  # of the window's gradient, before clipping
     micro_grad_norm: float | None  # of a micro-batch's, root mean square over the processes' first ones
     stop: bool  # whether any process was told to stop
-    micro_batch: float  # images of those micro-batches, the harmonic mean; of sharded ones, which are one, their sum
+    micro_batch: float  # harmonic mean of those micro-batches' sizes; of a sharded network their sum
 
     @property
     def finite(self) -> bool:

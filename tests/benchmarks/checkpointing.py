@@ -1,7 +1,7 @@
 """What a save costs beside a plain write of the same bytes, or in parts, and how soon a run trains, fresh or resumed.
 
 python tests/benchmarks/checkpointing.py            # under three minutes on two CPU cores
-python tests/benchmarks/checkpointing.py --short    # the smallest sizes: does it run
+python tests/benchmarks/checkpointing.py --short    # the smallest sizes: a smoke test
 """
 
 import os

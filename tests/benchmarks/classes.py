@@ -1,7 +1,7 @@
 """Class-conditional training on the digits: accuracy by guidance scale, the start of the embedding, quality over a run.
 
 python tests/benchmarks/classes.py            # about 25 minutes on a CPU core
-python tests/benchmarks/classes.py --short    # few updates and images: does it run
+python tests/benchmarks/classes.py --short    # few updates and images: a smoke test
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Largest relative differences of one run over all batch layouts, lengths of the last window and precisions.
 
 python tests/benchmarks/invariance.py            # about six minutes on two CPU cores, half of them to compile
-python tests/benchmarks/invariance.py --short    # one layout: does it run
+python tests/benchmarks/invariance.py --short    # one layout: a smoke test
 """
 
 from pathlib import Path

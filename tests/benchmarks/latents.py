@@ -1,4 +1,4 @@
-"""What training on encodings costs beside the bare compute, gains over encoding in the loop, and takes of memory.
+"""Training on cached encodings: its overhead, its speed-up over encoding in the loop, and its memory.
 
     python tests/benchmarks/latents.py            # about seven minutes on two CPU cores, and 12 GB of memory
     python tests/benchmarks/latents.py --short

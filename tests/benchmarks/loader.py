@@ -1,7 +1,7 @@
 """How fast images are loaded: from the cache, on the first pass over large photographs, and at the next start.
 
 python tests/benchmarks/loader.py            # about four minutes on two CPU cores
-python tests/benchmarks/loader.py --short    # the smallest sizes: does it run
+python tests/benchmarks/loader.py --short    # the smallest sizes: a smoke test
 """
 
 import io

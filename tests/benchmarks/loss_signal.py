@@ -1,7 +1,7 @@
 """How readable the loss is: what stratified timesteps, bigger windows and smoothing do to its noise, in numbers.
 
 python tests/benchmarks/loss_signal.py            # about eight minutes on two CPU cores
-python tests/benchmarks/loss_signal.py --short    # the smallest sizes: does it run
+python tests/benchmarks/loss_signal.py --short    # the smallest sizes: a smoke test
 
 On the digits of configs/digits.yaml, at fixed weights (those of the base) and over real trainings, and on simulated
 losses whose true mean is known.

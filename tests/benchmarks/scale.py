@@ -2,7 +2,7 @@
 
 python tests/benchmarks/scale.py                      # about eight minutes on one CPU core
 python tests/benchmarks/scale.py --only losses        # one of its tables
-python tests/benchmarks/scale.py --short              # the smallest sizes: does it run
+python tests/benchmarks/scale.py --short              # the smallest sizes: a smoke test
 """
 
 import json
@@ -26,7 +26,7 @@ from finetune.config.load import load_config
 from finetune.core.batch import BatchLayout
 from finetune.core.randomness import GOLDEN_RATIO_FRACTION, conditions_dropped, timesteps, uniform
 from finetune.data import order as orders
-from finetune.data.blocks import SHARD, BlockOrder
+from finetune.data.blocks import SPAN, BlockOrder
 from finetune.data.order import WindowSampler, make_order
 from finetune.data.pixels import FEATURES, Images, pixel_row
 from finetune.data.sources import open_source
@@ -83,7 +83,7 @@ def draws(short: bool) -> None:
 
 
 def mixing(short: bool) -> None:
-    """How far an order tears apart what is together in the source, beside a full shuffle."""
+    """How far apart an order puts images that are adjacent in the source, compared with a full shuffle."""
     count = 10**5 if short else 10**6
     found = {name: make_order(name, 0, count).images(0, range(count)) for name in ORDERS}
     head(f"{count:,} images", *ORDERS, "a full shuffle's expectation")
@@ -93,20 +93,20 @@ def mixing(short: bool) -> None:
         positions[images] = np.arange(count)
         return np.abs(np.diff(positions)).mean()
 
-    row("positions between neighbours of the source", *(f"{apart(found[name]):,.0f}" for name in ORDERS),
+    row("mean positions between images adjacent in the source", *(f"{apart(found[name]):,.0f}" for name in ORDERS),
         f"{(count + 1) / 3:,.0f}")  # fmt: skip
 
     def in_company(size: int, images: np.ndarray) -> float:
-        """Share of the images that are in an update with another one of their shard."""
-        windows = np.sort(images[: count // size * size].reshape(-1, size) // SHARD, axis=1)
+        """Share of the images that are in an update with another one of their span."""
+        windows = np.sort(images[: count // size * size].reshape(-1, size) // SPAN, axis=1)
         same = windows[:, 1:] == windows[:, :-1]
         edge = np.zeros((len(windows), 1), dtype=bool)
         return (np.hstack([same, edge]) | np.hstack([edge, same])).mean()
 
     for size in (64, 256, 1024):
-        expected = 1 - np.prod(1 - (SHARD - 1) / (count - np.arange(1, size)))
+        expected = 1 - np.prod(1 - (SPAN - 1) / (count - np.arange(1, size)))
         shares = (f"{in_company(size, found[name]):.1%}" for name in ORDERS)
-        row(f"images of an update of {size} with another one of {SHARD} in a row", *shares, f"{expected:.1%}")
+        row(f"images of an update of {size} with another of their span of {SPAN}", *shares, f"{expected:.1%}")
 
     classes = 100  # of a source that is sorted by them
     for size in (64, 1024, 16_384):
@@ -126,7 +126,7 @@ def losses(short: bool) -> None:
     by_class = str(Path(FOLDER.name, "sorted.parquet"))
     digits = open_source("digits").splits["train"]
     digits.select(np.argsort(digits["label"], kind="stable")).to_parquet(by_class)
-    small, found = partial(BlockOrder, shard=4, block=2, stripes=16), {}
+    small, found = partial(BlockOrder, span=4, block=2, stripes=16), {}
     for source, name in product(("digits", by_class), ORDERS):
         for seed in seeds:
             orders.BlockOrder = small
@@ -150,7 +150,7 @@ def losses(short: bool) -> None:
 def reading(short: bool) -> None:
     """Images of 32 x 32 from an arrow file that the system has not cached, mapped as a run maps them.
 
-    Of a full shuffle fewer are read, so that what the system reads ahead has not read all of the file before the end.
+    The full shuffle reads fewer images: else what the system reads ahead would be the whole file before the end.
     """
     count = 5_000 if short else 400_000
     reads = {"full": 100 if short else 4_096, "blocks": 2_000 if short else 65_536}

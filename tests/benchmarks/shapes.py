@@ -3,7 +3,7 @@
 python tests/benchmarks/shapes.py                        # sizes of a stated distribution; two minutes on two CPU cores
 python tests/benchmarks/shapes.py --pictures FOLDER      # sizes of the pictures in a folder
 python tests/benchmarks/shapes.py --compile              # torch.compile alone
-python tests/benchmarks/shapes.py --short                # the smallest sizes: does it run
+python tests/benchmarks/shapes.py --short                # the smallest sizes: a smoke test
 """
 
 import time

@@ -1,7 +1,7 @@
 """What the trainer costs beside the bare compute of the network, and which kernels are worth having.
 
 python tests/benchmarks/speed.py            # under three minutes on two CPU cores
-python tests/benchmarks/speed.py --short    # a few updates: does it run
+python tests/benchmarks/speed.py --short    # a few updates: a smoke test
 python tests/benchmarks/speed.py --compile  # torch.compile alone: it takes about two minutes to compile
 """
 

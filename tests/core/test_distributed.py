@@ -68,7 +68,7 @@ def test_the_main_process_alone_looks_at_the_pictures(config, tmp_path):
     ids=["overrides", "flags", "config"],
 )
 def test_two_hosts_with_different_commands_are_refused(config, tmp_path, second, problem):
-    """The second one's would be passed over, or leave the first waiting."""
+    """Otherwise the second host's command would be ignored, or leave the first host waiting."""
 
     def before(process):
         if process == 1:  # as another host's command line

@@ -252,7 +252,7 @@ def test_secrets_in_a_url_are_not_printed():
 # --- over HTTP
 
 
-def test_over_http(tmp_path):
+def test_shards_are_read_over_http(tmp_path):
     pytest.importorskip("aiohttp")
     import threading
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer

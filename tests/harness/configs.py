@@ -51,7 +51,7 @@ CLASSES = ("cat", "dog", "emu")
 
 
 def crop_of(kind: str) -> str:
-    """Random, where images are not encoded before they are trained on."""
+    """Random for models of pixels, and the centre where images are encoded before training."""
     return "center" if kind in PIPELINES else "random"
 
 

@@ -18,7 +18,7 @@ OPTIONS = {"data__order": "blocks", "logging__tracker": "tensorboard"}
 
 def small_blocks():
     """Blocks of 4 images in 2 stripes: of 19 images, 8 are mixed at a time."""
-    order.BlockOrder = partial(BlockOrder, shard=2, block=2, stripes=2)
+    order.BlockOrder = partial(BlockOrder, span=2, block=2, stripes=2)
     skip_the_export()
 
 

@@ -195,7 +195,7 @@ def test_a_cut_link_is_told_by_both_hosts_and_the_run_resumes(undisturbed, on_tw
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_host_that_decodes_for_long_is_not_taken_for_gone_and_one_that_is_gone_is(on_two, hosts, tmp_path, cut):
+def test_a_slow_host_is_waited_for_and_a_lost_one_is_detected(on_two, hosts, tmp_path, cut):
     """The main process decodes for three times the silence that is allowed, while the other waits in the control group,
     which has a timeout of a day; after a cut it would decode on."""
 

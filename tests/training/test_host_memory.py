@@ -59,7 +59,7 @@ def test_the_peak_is_kept_after_memory_is_freed_and_forgotten_when_asked():
 
 
 def test_without_proc_the_peak_is_getrusages(monkeypatch, tmp_path):
-    """Which may be the larger one of a process before this one, and never less."""
+    """getrusage may report the larger peak of a process before this one, never a smaller one."""
     ours = peak_memory()
     monkeypatch.setattr("finetune.training.host_memory._STATUS", tmp_path / "none")
     monkeypatch.setattr("finetune.training.host_memory._CLEAR", tmp_path / "none" / "either")

@@ -42,14 +42,14 @@ def logged(folder):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_on_one_process(pictures, tmp_path, steps):
+def test_learning_rate_on_one_process(pictures, tmp_path, steps):
     finish("--config", config_file(pictures, tmp_path, steps), folder=tmp_path, before=skip_the_export)
     assert logged(tmp_path) == pytest.approx(EXPECTED, rel=1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
-def test_on_two_processes(pictures, tmp_path, steps):
+def test_learning_rate_on_two_processes(pictures, tmp_path, steps):
     file = config_file(pictures, tmp_path, steps)
     outcomes = run_two("--config", file, folder=tmp_path, before=lambda _: skip_the_export())
     assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes
@@ -58,7 +58,7 @@ def test_on_two_processes(pictures, tmp_path, steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 3, 4])  # in the warm-up, at its and an epoch's end, in the last epoch
-def test_after_resuming_with_other_accumulation_steps(pictures, tmp_path, stop):
+def test_learning_rate_after_resuming_with_other_accumulation_steps(pictures, tmp_path, stop):
     before = run(
         "--config", config_file(pictures, tmp_path, 2), folder=tmp_path, before=lambda: stop_after_updates(stop)
     )

@@ -41,7 +41,7 @@ def test_at_every_update_it_is_within_the_noise_of_the_raw_curve(fall, images, n
 @pytest.mark.parametrize(
     ("fall", "off"), [("exponential to a floor", 4), ("step to a half", 10), ("power law", 4), ("from scratch", 10)]
 )
-def test_a_plain_mean_is_not(fall, off):
+def test_a_plain_mean_lags_behind_a_falling_loss(fall, off):
     raw, smoothed = curves(fall, 64, SmoothedLoss(DebiasedMean()))
     assert np.abs(smoothed).max() > off * raw.std()
 
