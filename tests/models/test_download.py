@@ -91,7 +91,7 @@ def test_of_each_repository_the_files_are_fetched_that_are_loaded(repositories, 
     assert again.returncode == 0, again.stderr[-2000:]
     assert again.stdout.split() == done.stdout.split()[:1]
     missing = fetch(hub, tmp_path / "empty", "someone/half")
-    assert "'someone/half' is not a local folder, and the download failed" in missing.stderr
+    assert "'someone/half' is not a local folder, and the hub cannot be reached" in missing.stderr
 
 
 @pytest.mark.slow
