@@ -38,7 +38,7 @@ from finetune.data.encoded_batches import find_encodings, make_batches
 from finetune.data.loading import load_images
 from finetune.data.order import WindowSampler
 from finetune.data.workers import make_loader
-from finetune.evaluation.evaluations import choose_samples, make_evaluations
+from finetune.evaluation.evaluations import choose_samples, make_evaluations, make_quality
 from finetune.evaluation.prediction_type import DRAWS, check_prediction_type
 from finetune.models.classes import with_classes
 from finetune.models.ema import make_ema
@@ -84,7 +84,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     train_images, held_out = load_images(config, kind)
     if config.model.class_conditional:
         kind = together(lambda: with_classes(kind, train_images.class_names, config.seed))
-    samples = choose_samples(config, kind, train_images)
+    samples, quality = choose_samples(config, kind, train_images), make_quality(config, kind, held_out)
 
     # On the device: the network, and the moving average of its weights.
     place(accelerator, kind, training.shard)
@@ -94,24 +94,24 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
         layout = largest_layout(accelerator, kind, layout, config.ema.enabled)
         accelerator.gradient_accumulation_steps = layout.gradient_accumulation_steps
 
-    # What it is trained on and evaluated by.
-    encodings = together(lambda: find_encodings(config, kind, train_images, held_out, samples.texts))
-    batches = make_batches(config, kind, train_images, encodings)
-    evaluations = make_evaluations(config, kind, samples, held_out, encodings)
+    # The order of the images, and what a model of latents needs encoded.
+    required = together(lambda: find_encodings(config, kind, train_images, held_out, samples.texts))
     sampler = WindowSampler(len(train_images), config.seed, layout, train_images.shape_numbers, config.data.order)
 
     # Where the run starts: at the newest valid checkpoint, if any. Nothing is written yet.
     start = find_start(config, accelerator, kind, layout, len(train_images), train_images.fingerprint)
 
     # The plan.
-    data, counts = (train_images, held_out, encodings), (len(train_images), len(held_out or ()))
+    data, counts = (train_images, held_out, required), (len(train_images), len(held_out or ()))
     flops, note = flops_per_image(kind, train_images.shapes), shapes_note(train_images.shapes, sampler)
     say(on_main_process(lambda: plan(config, accelerator, layout, kind, *counts, data_notes(kind, *data), flops, note)))
 
     # Encoded once, before training; a check encodes only the images of `check_prediction_type`.
-    if encodings is not None:
-        encodings.make(accelerator, images=DRAWS if check or measure else None)
-        kind.remember(encodings.prompts())
+    encodings = None if required is None else required.make(accelerator, DRAWS if check or measure else None)
+
+    # What it is trained on and evaluated by.
+    batches = make_batches(config, kind, train_images, encodings)
+    evaluations = make_evaluations(config, kind, samples, quality, held_out, encodings)
     if config.model.pretrained is not None:
         together(lambda: check_prediction_type(kind, batches, config.seed, accelerator.device))
     if check or measure:

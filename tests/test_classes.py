@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 
 from finetune.core.randomness import conditions_dropped
 from finetune.data.batches import Batches
+from finetune.evaluation.sampling import ImageSampler
 from finetune.evaluation.validation import Validation
-from finetune.run import evaluator
 from finetune.training.window import Window
 from harness.compare import differing, history, unequal, weights
 from harness.configs import (
@@ -72,13 +72,13 @@ def test_of_a_pretrained_models_classes_those_of_the_data_are_drawn(finished, tm
     config = class_config(tmp_path / "pictures", tmp_path / "run", model=model, data__validation_fraction=0.0)
 
     def before():
-        draw = evaluator.sample
+        sample = ImageSampler.sample
 
-        def noted(kind, accelerator, check, seed, names, *others, **options):
+        def noted(sampler, names, *others):
             (tmp_path / "names").write_text(json.dumps(names))
-            return draw(kind, accelerator, check, seed, names, *others, **options)
+            return sample(sampler, names, *others)
 
-        evaluator.sample = noted
+        ImageSampler.sample = noted
 
     finish("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path, before=before)
     assert json.loads((tmp_path / "names").read_text()) == ["dog"] * 3 + ["emu"] * 3
@@ -132,7 +132,7 @@ def test_samples_in_training_are_those_of_the_export(finished):
 
 @pytest.mark.parametrize(
     "kill",
-    [(Window, "add", 8), (Validation, "losses", 5, True), (evaluator, "sample", 3)],
+    [(Window, "add", 8), (Validation, "losses", 5, True), (ImageSampler, "sample", 3)],
     ids=["inside a window", "in a validation without the classes", "between two guidance scales"],
 )
 def test_a_killed_run_resumes_to_the_bit(finished, tmp_path, kill):

@@ -4,9 +4,9 @@ import pytest
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from finetune.evaluation.sampling import ImageSampler
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders
-from finetune.run import evaluator
 from finetune.training.window import Window
 from harness.compare import differences, differing, history
 from harness.configs import EVALUATED_STEPS, evaluated_config, of_kind, write_config, write_pictures
@@ -99,7 +99,7 @@ def test_the_plan_says_what_is_encoded_when_and_what_it_costs(finished, tmp_path
 KILLS = {
     "in the first update": (Window, "add", 1),
     "inside a window": (Window, "add", 7),
-    "between two guidance scales": (evaluator, "sample", 3),
+    "between two guidance scales": (ImageSampler, "sample", 3),
 }
 
 

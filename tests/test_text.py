@@ -21,8 +21,9 @@ from transformers import CLIPTextModel
 
 from finetune.core.randomness import noise
 from finetune.data.store import Store
+from finetune.evaluation.sampling import ImageSampler
 from finetune.evaluation.validation import Validation
-from finetune.run import evaluator
+from finetune.run.evaluator import Evaluator
 from finetune.training.window import Window
 from harness.compare import differing, history, unequal, weights
 from harness.configs import EVALUATED_STEPS, ROOT, evaluated_config, of_kind, write_config, write_pictures
@@ -122,7 +123,7 @@ KILLS = {
     "encoded captions": (Store, "write", 1, True),
     "inside a window": (Window, "add", 8),
     "in a validation": (Validation, "losses", 5, True),
-    "between two guidance scales": (evaluator, "sample", 3),
+    "between two guidance scales": (ImageSampler, "sample", 3),
 }
 
 
@@ -214,7 +215,7 @@ def test_what_decodes_latents_is_loaded_once_for_a_grid_of_two_guidance_scales(f
     def count():
         from finetune.models.components import Folder
 
-        load, draw, loaded = Folder.load, evaluator.Evaluator._draw, []
+        load, draw, loaded = Folder.load, Evaluator._draw, []
 
         def counted(folder, part, *arguments):
             loaded.append(part)
@@ -226,7 +227,7 @@ def test_what_decodes_latents_is_loaded_once_for_a_grid_of_two_guidance_scales(f
             with (tmp_path / "loaded").open("a") as file:
                 file.write(f"{step}: {loaded}\n")
 
-        Folder.load, evaluator.Evaluator._draw = counted, drawn
+        Folder.load, Evaluator._draw = counted, drawn
 
     config = text_config(kind, base / "pictures", tmp_path / "run", training__max_train_steps=3)
     finish("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path, before=count)

@@ -1,6 +1,6 @@
 """What the rest of the program may ask of a kind of model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,12 +15,14 @@ Batch = Mapping[str, torch.Tensor]
 - `noise` (b, C, H, W) as the clean tensor, `timesteps` int64 (b,), `weights` (b,), of every kind of model;
 - pixel models: `images` uint8 (b, C, H, W);
 - latent models: `latents` (b, C, h, w), drawn from the posterior and not scaled; with random crops instead `images` as
-  above and the standard normal `posterior` (b, C, h, w) to draw them with; `text` (b, tokens, width), and
-  where the pipeline has them `pooled` (b, width) and `time_ids` (b, 6);
-- conditional models: `dropped` bool (b,), and those of classes `labels` int64 (b,).
+  above and the standard normal `posterior` (b, C, h, w) to draw them with; of the caption, or of none where it is
+  dropped, `text` (b, tokens, width), and where the pipeline has them `pooled` (b, width) and `time_ids` (b, 6);
+- models of classes: `labels` int64 (b,), and which of them are `dropped`, bool (b,).
 """
 Arguments = dict[str, Any]  # a network's arguments by name: tensors, or mappings of tensors
 Fields = dict[str, tuple[int, ...]]  # tensors by name, with the shape of one entry
+Embed = Callable[[Sequence[str | None]], dict[str, torch.Tensor]]
+"""Embeddings of b texts, by name and each (b, ...); of None what stands for no caption."""
 
 
 def predict(
@@ -53,6 +55,7 @@ class Encoders(Protocol):
         image_key, text_key: hashes of all that an encoded image or text depends on, apart from itself.
         text_fields: what a text becomes: `text`, and `pooled` where the pipeline has it.
         text_chunk: how many are encoded at once: always exactly this many, so that an entry never depends on others.
+        no_text: the text that stands for no caption; None: zeros in place of an embedding do.
         sized: whether the network is conditioned on the size and crop of an image.
     """
 
@@ -60,6 +63,7 @@ class Encoders(Protocol):
     text_key: str
     text_fields: Fields
     text_chunk: int
+    no_text: str | None
     sized: bool
 
     def image_fields(self, shape: Shape) -> Fields:
@@ -134,22 +138,19 @@ class Kind(Protocol):
         """
         ...
 
-    def conditions(self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None) -> Arguments:
-        """The network's other arguments for conditions by name, to sample with; None means unconditional.
-
-        Classes are known by name; a prompt has to be among those of `remember`.
+    def conditions(
+        self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None, embed: Embed | None = None
+    ) -> Arguments:
+        """The network's other arguments to sample with, for classes by name or for prompts; None is no condition.
 
         Args:
             shape: of the images that are drawn; None: the square of the image format.
+            embed: what a model of captions needs, to make embeddings of the prompts.
         """
         ...
 
     def encoders(self) -> Encoders | None:
         """What encodes images and captions once, before training; None for models of pixels."""
-        ...
-
-    def remember(self, prompts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Keep the embeddings of the prompts that `conditions` will be asked for, and of the empty one."""
         ...
 
     def example(self, count: int, shape: Shape | None = None) -> dict[str, torch.Tensor]:
@@ -180,8 +181,8 @@ class Kind(Protocol):
         """
         ...
 
-    def usage(self, inference_steps: int) -> str:
-        """How the export is used, in Markdown, for its model card."""
+    def usage(self, inference_steps: int, prompt: str) -> str:
+        """How the export is used, in Markdown, for its model card; the prompt is for a model of captions."""
         ...
 
     def identity(self) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from finetune.core import randomness
 from finetune.data.order import Indices, Slot
 from finetune.data.pixels import Images
 
+Dropped = npt.NDArray[np.bool_]
+
 
 class Batches(Dataset[dict[str, torch.Tensor]]):
     """Makes a micro-batch of its slots. Each value is a function of (seed, epoch, position) and the image.
@@ -45,7 +47,6 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
             noise: standard normal, in the default dtype, of the shape of what is noised: (b, C, H, W).
             timesteps: int64 (b,), in 0 .. num_train_timesteps - 1.
             weights: default dtype (b,), 0 for padding.
-            dropped: bool (b,), where there are conditions.
             And what `content` and `conditions` return.
         """
         shape = self.shape(slots[0].image)
@@ -57,24 +58,20 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
                 offset = randomness.noise(self.seed, slot.epoch, slot.position, channels, "noise offset")
                 noise[place] += self.noise_offset * offset
         epoch, positions = slots[0].epoch, [slot.position for slot in slots]
-        dropped = self.dropped(epoch, positions)
         return {
             **self.content(slots),
             "noise": noise,
             "timesteps": torch.from_numpy(self.timesteps(epoch, positions)),
             "weights": torch.tensor([slot.weight for slot in slots]),
-            **self.conditions(slots),
-            **({} if dropped is None else {"dropped": torch.from_numpy(dropped)}),
+            **(self.conditions(slots, self.dropped(epoch, positions)) if self.conditional else {}),
         }
 
     def timesteps(self, epoch: int, positions: randomness.Positions) -> npt.NDArray[np.int64]:
         """The timesteps that the images at n positions of an epoch are trained at, (n,)."""
         return randomness.timesteps(self.seed, epoch, positions, self.num_train_timesteps, self.timestep_sampling)
 
-    def dropped(self, epoch: int, positions: randomness.Positions) -> npt.NDArray[np.bool_] | None:
-        """Which images at n positions of an epoch are trained without their condition, (n,); None if none has one."""
-        if not self.conditional:
-            return None
+    def dropped(self, epoch: int, positions: randomness.Positions) -> Dropped:
+        """Which of the images at n positions of an epoch are trained without their condition, (n,)."""
         return randomness.conditions_dropped(self.seed, epoch, positions, self.condition_dropout)
 
     def shown(self, images: list[int], dropped: bool) -> dict[str, torch.Tensor]:
@@ -102,11 +99,11 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         """What is noised: images, uint8 (b, C, H, W), contiguous."""
         return {"images": self.read_images(slots)}
 
-    def conditions(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
-        """The network's conditions: labels, int64 (b,), where there are labels."""
-        if self.labels is None:
-            return {}
-        return {"labels": torch.from_numpy(self.labels[[slot.image for slot in slots]])}
+    def conditions(self, slots: list[Slot], dropped: Dropped) -> dict[str, torch.Tensor]:
+        """What a conditional network is told: labels, int64 (b,), and which of them are dropped, bool (b,)."""
+        assert self.labels is not None
+        labels = self.labels[[slot.image for slot in slots]]
+        return {"labels": torch.from_numpy(labels), "dropped": torch.from_numpy(dropped)}
 
     def flipped(self, slot: Slot) -> bool:
         """Whether the image of a slot is mirrored."""

@@ -8,11 +8,10 @@ from finetune.config.schema import Config
 from finetune.core import randomness
 from finetune.core.kind import Kind
 from finetune.core.shapes import covering
-from finetune.data.batches import Batches
-from finetune.data.encodings import Encodings, Orientations, image_key
+from finetune.data.batches import Batches, Dropped
+from finetune.data.encodings import Encodings, Orientations, RequiredEncodings, image_key
 from finetune.data.order import Slot
 from finetune.data.pixels import Images
-from finetune.data.store import key
 
 
 class EncodedBatches(Batches):
@@ -31,7 +30,6 @@ class EncodedBatches(Batches):
         condition_dropout: float,
         noise_offset: float = 0.0,
     ):
-        """The encodings have to exist before the first batch is read."""
         super().__init__(
             images,
             seed,
@@ -42,8 +40,7 @@ class EncodedBatches(Batches):
             condition_dropout=condition_dropout,
             noise_offset=noise_offset,
         )
-        self.posteriors, self.embeddings = encodings.posteriors, encodings.embeddings
-        self.sized = encodings.encoders.sized
+        self.posteriors, self.texts, self.sized = encodings.posteriors, encodings.texts, encodings.sized
         assert images.captions is not None
         self.captions = images.captions
 
@@ -63,16 +60,20 @@ class EncodedBatches(Batches):
         """What the latent of a slot is drawn with, standard normal (c, h, w)."""
         return randomness.noise(self.seed, slot.epoch, slot.position, self.shape(slot.image), "posterior")
 
-    def conditions(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
-        """The network's conditions: embeddings of a caption of each image, and sizes where the model reads them."""
-        told = self._embedded([self.captions.drawn(self.seed, slot) for slot in slots])
-        return told | self._time_ids([self.size_of(slot) for slot in slots])
+    def conditions(self, slots: list[Slot], dropped: Dropped) -> dict[str, torch.Tensor]:
+        """What the network is told: a caption of each image, or none where it is dropped, and sizes if it reads them.
+
+        Both as the network takes them: embeddings, and SDXL's `time_ids`.
+        """
+        captions = [self.captions.texts[self.captions.drawn(self.seed, slot)] for slot in slots]
+        told = [None if without else caption for caption, without in zip(captions, dropped, strict=True)]
+        return self.texts.embed(told) | self._time_ids([self.size_of(slot) for slot in slots])
 
     def shown(self, images: list[int], dropped: bool) -> dict[str, torch.Tensor]:
         """Means of the posteriors, with the first caption of each image or without."""
-        told = self._embedded([self.captions.first(index) for index in images])
+        told = self.texts.embed([None if dropped else self.captions.texts[self.captions.first(i)] for i in images])
         told |= self._time_ids([size_and_crop(self.images, index, False) for index in images])
-        return {**self.means(images), **told, "dropped": torch.full((len(images),), dropped)}
+        return {**self.means(images), **told}
 
     def means(self, images: list[int]) -> dict[str, torch.Tensor]:
         """What is noised of images that are shown: latents, (b, c, h, w)."""
@@ -85,11 +86,6 @@ class EncodedBatches(Batches):
 
     def _posterior(self, image: int, flipped: bool) -> dict[str, torch.Tensor]:
         return self.posteriors[self.images.shape(image)].read(image_key(self.images, image, flipped))
-
-    def _embedded(self, texts: list[int]) -> dict[str, torch.Tensor]:
-        entries = [self.embeddings.read(key(self.captions.texts[text])) for text in texts]
-        dtype = torch.get_default_dtype()
-        return {name: torch.stack([entry[name] for entry in entries]).to(dtype) for name in self.embeddings.fields}
 
     def _time_ids(self, sizes: list[list[int]]) -> dict[str, torch.Tensor]:
         """SDXL's size and crop of each image; none for models that do not read them."""
@@ -147,7 +143,7 @@ def make_batches(config: Config, kind: Kind, images: Images, encodings: Encoding
 
 def find_encodings(
     config: Config, kind: Kind, images: Images, held_out: Images | None, prompts: Sequence[str]
-) -> Encodings | None:
+) -> RequiredEncodings | None:
     """What of a run's images, captions and prompts the cache has encoded, and what is still to be made.
 
     Returns:
@@ -161,4 +157,4 @@ def find_encodings(
         parts = [(images, ())]  # their captions alone
     if held_out is not None:
         parts.append((held_out, (False,)))
-    return Encodings(encoders, parts, prompts)
+    return RequiredEncodings(encoders, parts, prompts)

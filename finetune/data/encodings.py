@@ -5,7 +5,8 @@ weights and settings are part of the folder's name. A flipped image is an entry 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ from finetune.data.store import Store, key
 Orientations = Sequence[bool]  # of an image: whether it is mirrored
 
 
-class Encodings:
-    """The encodings that a run needs, in the cache or still to be made."""
+class RequiredEncodings:
+    """The encodings that a run needs: what the cache has of them, and what is still to be made."""
 
     def __init__(self, encoders: Encoders, parts: Sequence[tuple[Images, Orientations]], prompts: Iterable[str]):
         """Find out what is there; encodes nothing.
@@ -43,30 +44,25 @@ class Encodings:
         self.embeddings = Store(("embeddings", encoders.text_key, encoders.text_chunk), encoders.text_fields)
         captions = [images.captions.texts for images, _ in parts if images.captions is not None]
         self.texts = sorted({"", *self.asked, *(text for texts in captions for text in texts)})
-        self._find()
-
-    def _store(self, shape: Shape) -> Store:
-        made_by = "posteriors", self.encoders.image_key, self.encoders.image_chunk(shape)
-        return Store(made_by, self.encoders.image_fields(shape))
-
-    def _find(self) -> None:
-        """What is missing: orientations of images and texts; each once, however often the data have it."""
-        for store in (*self.posteriors.values(), self.embeddings):
-            store.scan()
-        images: dict[bytes, Oriented] = {}
-        for pictures, orientations in self.parts:
-            for index in range(len(pictures)):
-                for flipped in orientations:
-                    images.setdefault(image_key(pictures, index, flipped), Oriented(pictures, index, flipped))
+        images = self._oriented()
         self.needed = Counter(image.shape for image in images.values())
         self.missing_images = {
             name: image for name, image in images.items() if name not in self.posteriors[image.shape].places
         }
         self.missing_texts = {key(text): text for text in self.texts if key(text) not in self.embeddings.places}
 
-    def have(self, images: Images) -> bool:
-        """Whether these are images that are encoded, and not random crops of them by the model."""
-        return any(pictures is images and bool(orientations) for pictures, orientations in self.parts)
+    def _store(self, shape: Shape) -> Store:
+        made_by = "posteriors", self.encoders.image_key, self.encoders.image_chunk(shape)
+        return Store(made_by, self.encoders.image_fields(shape))
+
+    def _oriented(self) -> "dict[bytes, Oriented]":
+        """The images in their orientations, each once, however often the data have it."""
+        images: dict[bytes, Oriented] = {}
+        for pictures, orientations in self.parts:
+            for index in range(len(pictures)):
+                for flipped in orientations:
+                    images.setdefault(image_key(pictures, index, flipped), Oriented(pictures, index, flipped))
+        return images
 
     @property
     def missing_bytes(self) -> int:
@@ -95,7 +91,7 @@ class Encodings:
                 lines.append(f"{kind} cut off after {length} tokens: {len(longer)} of {len(texts)}, {longer[0]!r:.60}")
         return lines
 
-    def make(self, accelerator: Accelerator, images: int | None = None) -> None:
+    def make(self, accelerator: Accelerator, images: int | None = None) -> "Encodings":
         """Encode what is missing; processes that see the same cache share the work. Called by all processes.
 
         Each piece is saved when it is complete, so an interrupted run continues with the next.
@@ -104,13 +100,16 @@ class Encodings:
             images: encode only this many training images, the first ones, with their first captions, and no prompts;
                 None: everything.
 
+        Returns:
+            What can be read then, which are the entries asked for and all that were there before.
+
         Raises:
             UserError: on all processes, if there is no room for everything, an encoder's output is not finite, or what
                 was made is gone again.
         """
         wanted_images, wanted_texts = self._missing(images)
         if all_agree(not wanted_images and not wanted_texts):
-            return
+            return self._encodings()
         together(self._require_room)
         share, device = find_share(self.embeddings.folder.parent), accelerator.device
 
@@ -129,17 +128,23 @@ class Encodings:
             together(partial(make_pieces, share, pieces, encode_images, "Encoding images"))
         finally:
             self.encoders.free()
-        together(partial(self._find_all, images))
+        return together(partial(self._found, images))
 
-    def _find_all(self, images: int | None) -> None:
-        """Find what was made, by this process and by others."""
-        self._find()
-        if any(self._missing(images)):
+    def _found(self, images: int | None) -> "Encodings":
+        """What was made, by this process and by others."""
+        now = RequiredEncodings(self.encoders, self.parts, self.asked)
+        if any(now._missing(images)):
             raise UserError(
                 f"encodings: {self.embeddings.folder.parent}: found entries missing that were just made; expected a "
                 "cache that nobody deletes from while it is used: run the same command again",
                 exit_code=1,
             )
+        return now._encodings()
+
+    def _encodings(self) -> "Encodings":
+        texts = Embeddings(self.embeddings, self.encoders.no_text)
+        encoded = [images for images, orientations in self.parts if orientations]
+        return Encodings(self.posteriors, texts, self.encoders.sized, encoded)
 
     def _missing(self, images: int | None) -> "tuple[dict[bytes, Oriented], dict[bytes, str]]":
         """What is missing of the images and texts that `make` is asked for."""
@@ -167,25 +172,49 @@ class Encodings:
         folder = self.embeddings.folder.parent
         require_room(f"encodings: {folder}", folder, self.missing_bytes, content, LARGER_CACHE)
 
-    def prompts(self) -> "Prompts":
-        """The embeddings of all texts that the run needs, by text, the empty one among them."""
-        return Prompts(self.embeddings, self.texts)
+
+class Embeddings:
+    """Embeddings of texts, each read from the disk when it is asked for."""
+
+    def __init__(self, store: Store, no_text: str | None):
+        """
+        Args:
+            no_text: the text that stands for no caption; None: zeros do.
+        """
+        self.store, self.no_text = store, no_text
+
+    def embed(self, texts: Sequence[str | None]) -> dict[str, torch.Tensor]:
+        """What the network is conditioned on, by name, each (b, ...) in the default dtype; see `core.kind.Embed`."""
+        entries = [self._entry(text) for text in texts]
+        dtype = torch.get_default_dtype()
+        return {name: torch.stack([entry[name] for entry in entries]).to(dtype) for name in self.store.fields}
+
+    def _entry(self, text: str | None) -> dict[str, torch.Tensor]:
+        text = self.no_text if text is None else text
+        if text is None:
+            return {name: torch.zeros(shape) for name, shape in self.store.fields.items()}
+        return self.store.read(key(text))
 
 
-class Prompts(Mapping[str, dict[str, torch.Tensor]]):
-    """Embeddings by text, each read from the disk when it is asked for."""
+@dataclass(frozen=True)
+class Encodings:
+    """Encodings that are in the cache, as batches and samples read them.
 
-    def __init__(self, embeddings: Store, texts: Sequence[str]):
-        self.embeddings, self.texts = embeddings, texts
+    Attributes:
+        posteriors: of images: those of a shape in one store, by `image_key`.
+        texts: the embeddings of captions and prompts.
+        sized: whether the network is conditioned on the size and crop of an image.
+        images: those that are encoded; of others the model encodes random crops itself.
+    """
 
-    def __getitem__(self, text: str) -> dict[str, torch.Tensor]:
-        return self.embeddings.read(key(text))
+    posteriors: Mapping[Shape, Store]
+    texts: Embeddings
+    sized: bool
+    images: Sequence[Images]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.texts)
-
-    def __len__(self) -> int:
-        return len(self.texts)
+    def have(self, images: Images) -> bool:
+        """Whether these are images that are encoded, and not random crops of them by the model."""
+        return any(encoded is images for encoded in self.images)
 
 
 class Oriented(NamedTuple):

@@ -56,18 +56,25 @@ class Store:
     """Entries of one kind; each has the same tensors in float32.
 
     Can be forked and pickled (to spawned workers): paths are sent, not tensors.
+
+    Attributes:
+        places: the piece and the row of each entry that was there when the store was opened, by key.
     """
 
     def __init__(self, identity: object, fields: Fields):
-        """
+        """Find out what is there.
+
         Args:
             identity: of what makes the entries; another one is another folder.
             fields: the tensors of an entry, with their shapes.
+
+        Raises:
+            UserError: if a piece may not be read, as in the cache of another user.
         """
         self.fields = fields
         named = hashlib.blake2b(repr((FORMAT, identity, sorted(fields.items()))).encode(), digest_size=8).hexdigest()
         self.folder = Path(datasets.config.HF_DATASETS_CACHE, "encodings", named)
-        self.places: dict[bytes, tuple[str, int]] = {}  # the piece and the row of each entry
+        self.places = self._scan()
         self._opened: OrderedDict[str, Any] = OrderedDict()
 
     @property
@@ -79,14 +86,9 @@ class Store:
         """Entries in a file; at most this many are made again after an interruption."""
         return max(min(PIECE_BYTES // self.entry_bytes, 4096), 1)
 
-    def scan(self) -> None:
-        """Find out what is there. A damaged piece is deleted, and its entries are made again.
-
-        Raises:
-            UserError: if a piece may not be read, as in the cache of another user.
-        """
-        self.places.clear()
-        self._opened.clear()
+    def _scan(self) -> dict[bytes, tuple[str, int]]:
+        """Where each entry is. A damaged piece is deleted, and its entries are made again."""
+        places: dict[bytes, tuple[str, int]] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(file, "np") as opened:
@@ -105,7 +107,8 @@ class Store:
                     "HF_DATASETS_CACHE to a folder of your own"
                 ) from error
             for row, name in enumerate(keys):
-                self.places[name.tobytes()] = file.name, row
+                places[name.tobytes()] = file.name, row
+        return places
 
     def write(self, keys: Sequence[bytes], entries: Mapping[str, torch.Tensor]) -> None:
         """Add a piece, atomically.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from finetune.config.schema import Config
 from finetune.core.distributed import on_main_process, together
-from finetune.core.kind import Kind
+from finetune.core.kind import Embed, Kind
 from finetune.core.shapes import Shape
 from finetune.data.encoded_batches import make_batches
 from finetune.data.encodings import Encodings
@@ -31,6 +31,11 @@ class Samples:
     negative_prompt: str | None
 
     @property
+    def example(self) -> str:
+        """A prompt to show how the model is used, if it is one of captions."""
+        return next((name for name in self.names if name), "a caption")
+
+    @property
     def texts(self) -> list[str]:
         """What a model of captions has to have encoded to draw them."""
         return [text for text in (*self.names, self.negative_prompt) if text]
@@ -38,9 +43,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What a run is evaluated by; without held-out images by its samples alone."""
+    """What a run is evaluated by; without held-out images by its samples alone.
+
+    Attributes:
+        embed: what makes embeddings of prompts, for a model of captions.
+    """
 
     samples: Samples
+    embed: Embed | None = None
     validation: Validation | None = None
     quality: Quality | None = None
 
@@ -62,20 +72,35 @@ def choose_samples(config: Config, kind: Kind, images: Images) -> Samples:
     return on_main_process(choose)
 
 
-def make_evaluations(
-    config: Config, kind: Kind, samples: Samples, held_out: Images | None, encodings: Encodings | None
-) -> Evaluations:
-    """Validation and quality, where there are held-out images. Called by all processes.
+def make_quality(config: Config, kind: Kind, held_out: Images | None) -> Quality | None:
+    """What measures samples against the held-out images, where the config asks for it. Called by all processes.
 
     Raises:
-        UserError: on all processes, if the image model that quality is measured by cannot be loaded.
+        UserError: on all processes, if the image model that it is measured by cannot be loaded.
     """
-    if held_out is None:
-        return Evaluations(samples)
-    options, examples = config.validation, make_batches(config, kind, held_out, encodings)
-    validation = Validation(examples, options.images, config.seed, kind, config.training.snr_gamma)
-    measured = options.quality
-    if measured is None:
-        return Evaluations(samples, validation)
-    told = held_out.names() if kind.conditional else [None]
-    return Evaluations(samples, validation, together(lambda: Quality(measured, held_out, told)))
+    measured = config.validation.quality
+    if measured is None or held_out is None:
+        return None
+    names = held_out.names() if kind.conditional else [None]
+    return together(lambda: Quality(measured, held_out, names))
+
+
+def make_evaluations(
+    config: Config,
+    kind: Kind,
+    samples: Samples,
+    quality: Quality | None,
+    held_out: Images | None,
+    encodings: Encodings | None,
+) -> Evaluations:
+    """Samples, their quality, and validation on held-out images, where there are any.
+
+    Args:
+        encodings: of the held-out images, captions and prompts; None for a model of pixels.
+    """
+    validation = None
+    if held_out is not None:
+        examples = make_batches(config, kind, held_out, encodings)
+        count, snr_gamma = config.validation.images, config.training.snr_gamma
+        validation = Validation(examples, count, config.seed, kind, snr_gamma)
+    return Evaluations(samples, encodings.texts.embed if encodings else None, validation, quality)

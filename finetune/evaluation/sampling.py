@@ -1,9 +1,9 @@
 """Samples from starting noise that stays the same for the whole run."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -12,7 +12,7 @@ from finetune.config.fields import short
 from finetune.config.outputs import SamplesConfig
 from finetune.core.errors import UserError, first_line
 from finetune.core.groups import summed
-from finetune.core.kind import Kind, predict
+from finetune.core.kind import Embed, Kind, predict
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
 from finetune.data.pixels import Pixels
@@ -87,107 +87,86 @@ def sampled_shapes(options: SamplesConfig, images: Mapping[Shape, int]) -> list[
     return shapes
 
 
-def sample(
-    kind: Kind,
-    accelerator: Accelerator,
-    check: Callable[[], None],
-    seed: int,
-    names: Sequence[str | None],
-    inference_steps: int,
-    guidance_scale: float = 1.0,
-    purpose: str = "samples",
-    negative: str | None = None,
-    shape: Shape | None = None,
-) -> Pixels:
-    """An image for each of `names`, all of one shape: uint8 (n, H, W, C).
+@dataclass(frozen=True)
+class ImageSampler:
+    """Draws images by DDIM, from starting noise that the seed alone decides.
 
-    The arguments are those of `sample_each`.
-
-    Args:
-        shape: of the images; None: the square that is trained.
+    Attributes:
+        check: called between two steps; raises Interrupted to end there.
+        negative_prompt: of guidance; None: no condition.
+        embed: what a model of captions needs, to make embeddings of prompts.
     """
-    side = kind.image_format.resolution
-    shapes = [shape or Shape(side, side)] * len(names)
-    options = guidance_scale, purpose, negative
-    return np.stack(sample_each(kind, accelerator, check, seed, names, shapes, inference_steps, *options))
 
+    kind: Kind
+    accelerator: Accelerator
+    check: Callable[[], None]
+    seed: int
+    inference_steps: int
+    negative_prompt: str | None = None
+    embed: Embed | None = None
 
-@torch.no_grad()
-def sample_each(
-    kind: Kind,
-    accelerator: Accelerator,
-    check: Callable[[], None],
-    seed: int,
-    names: Sequence[str | None],
-    shapes: Sequence[Shape],
-    inference_steps: int,
-    guidance_scale: float = 1.0,
-    purpose: str = "samples",
-    negative: str | None = None,
-) -> list[Pixels]:
-    """An image for each of `names` by DDIM, from starting noise that the seed alone decides: uint8 (H, W, C).
+    @torch.no_grad()
+    def sample(
+        self,
+        names: Sequence[str | None],
+        shapes: Sequence[Shape],
+        guidance_scale: float = 1.0,
+        purpose: str = "samples",
+    ) -> list[Pixels]:
+        """An image for each of `names`, uint8 (H, W, C).
 
-    Called by all processes, each of which draws its share; all get the result.
+        Called by all processes, each of which draws its share; all get the result.
 
-    Args:
-        check: called between two steps; raises Interrupted to end here.
-        names: the condition of each image; None is unconditional.
-        shapes: of each image; those of one shape go through the network together.
-        guidance_scale: of classifier-free guidance; 1 turns it off.
-        purpose: names the stream of the starting noise.
-        negative: the negative prompt; None: no condition.
-    """
-    channels = kind.image_format.channels
-    images = [torch.zeros(*shape, channels, dtype=torch.uint8) for shape in shapes]
-    drawn: dict[Shape, list[tuple[Sequence[int], torch.Tensor]]] = {}
-    ddim = DDIMScheduler.from_config(kind.noise_scheduler.config)
-    ddim.set_timesteps(inference_steps)
-    with evaluating(kind.network):
-        for chunk in rounds(len(names), accelerator, shapes):
-            if chunk is not None:
-                shape = shapes[chunk[0]]
-                noised = tuple(kind.example(1, shape)["noise"].shape[1:])
-                x = torch.stack([noise(seed, 0, index, noised, purpose) for index in chunk])
-                x = x.to(accelerator.device)
-            for timestep in ddim.timesteps:
-                check()
+        Args:
+            names: the condition of each image; None is unconditional.
+            shapes: of each image; those of one shape go through the network together.
+            guidance_scale: of classifier-free guidance; 1 turns it off.
+            purpose: names the stream of the starting noise.
+        """
+        kind, device = self.kind, self.accelerator.device
+        images = [torch.zeros(*shape, kind.image_format.channels, dtype=torch.uint8) for shape in shapes]
+        drawn: dict[Shape, list[tuple[Sequence[int], torch.Tensor]]] = {}
+        ddim = DDIMScheduler.from_config(kind.noise_scheduler.config)
+        ddim.set_timesteps(self.inference_steps)
+        with evaluating(kind.network):
+            for chunk in rounds(len(names), self.accelerator, shapes):
                 if chunk is not None:
-                    told = [names[index] for index in chunk]
-                    output = _guided(kind, x, timestep, told, guidance_scale, negative, shape)
-                    # DDIM that clips the image has to derive the noise from the clipped image, or guidance ruins it.
-                    x = ddim.step(output, timestep, x, use_clipped_model_output=kind.conditional).prev_sample
-                else:
-                    pass_idly(kind)
-            if chunk is not None:
-                drawn.setdefault(shape, []).append((chunk, x))
-    for parts in drawn.values():  # all of a shape at once, since a model of latents loads what makes images of them
-        made = as_pixels(kind.images(torch.cat([x for _, x in parts])))
-        for index, image in zip((index for chunk, _ in parts for index in chunk), made, strict=True):
-            images[index] = torch.from_numpy(image)
-    everything = summed(torch.cat([image.flatten() for image in images]))  # each is 0 on all processes but one
-    each = everything.split([image.numel() for image in images])
-    return [pixels.view(image.shape).numpy() for pixels, image in zip(each, images, strict=True)]
+                    shape = shapes[chunk[0]]
+                    noised = tuple(kind.example(1, shape)["noise"].shape[1:])
+                    x = torch.stack([noise(self.seed, 0, index, noised, purpose) for index in chunk]).to(device)
+                for timestep in ddim.timesteps:
+                    self.check()
+                    if chunk is not None:
+                        output = self._guided(x, timestep, [names[index] for index in chunk], guidance_scale, shape)
+                        # DDIM that clips the image has to derive the noise from the clipped one, or guidance ruins it.
+                        x = ddim.step(output, timestep, x, use_clipped_model_output=kind.conditional).prev_sample
+                    else:
+                        pass_idly(kind)
+                if chunk is not None:
+                    drawn.setdefault(shape, []).append((chunk, x))
+        for parts in drawn.values():  # all of a shape at once, since a model of latents loads what makes images of them
+            made = as_pixels(kind.images(torch.cat([x for _, x in parts])))
+            for index, image in zip((index for chunk, _ in parts for index in chunk), made, strict=True):
+                images[index] = torch.from_numpy(image)
+        everything = summed(torch.cat([image.flatten() for image in images]))  # each is 0 on all processes but one
+        each = everything.split([image.numel() for image in images])
+        return [pixels.view(image.shape).numpy() for pixels, image in zip(each, images, strict=True)]
 
+    def _guided(
+        self, x: torch.Tensor, timestep: torch.Tensor, names: Sequence[str | None], guidance_scale: float, shape: Shape
+    ) -> torch.Tensor:
+        """The network's output under classifier-free guidance, uncond + w (cond - uncond), of the shape of `x`.
 
-def _guided(
-    kind: Kind,
-    x: torch.Tensor,
-    timestep: torch.Tensor,
-    names: Sequence[str | None],
-    guidance_scale: float,
-    negative: str | None = None,
-    shape: Shape | None = None,
-) -> torch.Tensor:
-    """The network's output under classifier-free guidance, uncond + w (cond - uncond), of the shape of `x`.
-
-    Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", in the form that diffusers uses. Both halves go through
-    the network as one batch.
-    """
-    if guidance_scale == 1:
-        return predict(kind.network, x, timestep, kind.conditions(names, x.device, shape))
-    conditions = kind.conditions([*names, *[negative] * len(names)], x.device, shape)
-    with_condition, without = predict(kind.network, torch.cat([x, x]), timestep, conditions).chunk(2)
-    return without + guidance_scale * (with_condition - without)
+        Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", in the form that diffusers uses. Both halves go
+        through the network as one batch.
+        """
+        kind = self.kind
+        if guidance_scale == 1:
+            return predict(kind.network, x, timestep, kind.conditions(names, x.device, shape, self.embed))
+        both = [*names, *[self.negative_prompt] * len(names)]
+        conditions = kind.conditions(both, x.device, shape, self.embed)
+        with_condition, without = predict(kind.network, torch.cat([x, x]), timestep, conditions).chunk(2)
+        return without + guidance_scale * (with_condition - without)
 
 
 def check_sampling(noise_scheduler: DDPMScheduler, inference_steps: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from finetune.core.errors import UserError
-from finetune.core.kind import Arguments, Batch
+from finetune.core.kind import Arguments, Batch, Embed
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
 from finetune.models.class_pipeline import ClassConditionalPipeline
@@ -78,7 +78,9 @@ class ClassConditional(Unconditional):
         no_class = len(self.class_names)
         return clean, {"class_labels": batch["labels"].masked_fill(batch["dropped"], no_class)}
 
-    def conditions(self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None) -> Arguments:
+    def conditions(
+        self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None, embed: Embed | None = None
+    ) -> Arguments:
         """`class_labels` for classes by name; None is "no class"."""
         rows = {name: row for row, name in enumerate(self.class_names)} | {None: len(self.class_names)}
         return {"class_labels": torch.tensor([rows[name] for name in names], device=device)}
@@ -92,7 +94,7 @@ class ClassConditional(Unconditional):
         """A pipeline of the present weights that draws a class by name, with guidance."""
         return ClassConditionalPipeline(self.network, self.noise_scheduler, dict(enumerate(self.class_names)))
 
-    def usage(self, inference_steps: int) -> str:
+    def usage(self, inference_steps: int, prompt: str) -> str:
         """How the exported pipeline is called, in Markdown: with the class in pipeline.py, and without it."""
         row, names = self.class_names.index(self.shown), ", ".join(self.class_names)
         shown = json.dumps(self.shown, ensure_ascii=False)

@@ -40,6 +40,8 @@ class PipelineEncoders:
         if self.sized:
             self.text_fields["pooled"] = (configs[-1]["projection_dim"],)
         self.image_key = folder.digest(["vae"])
+        # SDXL's pipelines take zeros unless they say otherwise, the others the empty text.
+        self.no_text = None if folder.zeros_for_no_prompt else ""
         self.text_key = folder.digest([*folder.text_encoders, *folder.tokenizers])
         self._vae: Any = None
         self._prompter: Any = None

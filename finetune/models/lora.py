@@ -19,7 +19,7 @@ from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Arguments
 from finetune.core.randomness import key
 from finetune.models import lora_files
-from finetune.models.stable_diffusion import StableDiffusion
+from finetune.models.stable_diffusion import StableDiffusion, quoted
 from finetune.models.unet import fewest_pixels
 
 GROUPS = {  # endings of modules' names, by what a config may call them
@@ -81,19 +81,19 @@ class LoRA(StableDiffusion):
 
     def _probe(self) -> tuple[torch.Tensor, Arguments]:
         """Inputs on which two networks are compared, of the fewest latents that the UNet can halve."""
-        prompts: list[str | None] = [*[text for text in self.prompts if text][:1]] or [None]
-        _, channels, _, width = self.example(1)["noise"].shape
-        side = fewest_pixels(self.network, width)
-        generator = torch.Generator().manual_seed(0)
-        noisy = torch.randn(1, channels, side, side, generator=generator)
-        return noisy, self.conditions(prompts, torch.device("cpu"))
+        example, generator = self.encoded_example(1, self.shapes[0]), torch.Generator().manual_seed(0)
+        for name in ("latents", *self._encoders.text_fields):
+            example[name] = torch.randn(example[name].shape, generator=generator)
+        latents, conditions = self.inputs(example)
+        side = fewest_pixels(self.network, latents.shape[-1])
+        return latents[..., :side, :side], conditions
 
-    def usage(self, inference_steps: int) -> str:
+    def usage(self, inference_steps: int, prompt: str) -> str:
         """How the exported adapter is used, in Markdown."""
         return USAGE.format(
             pipeline=self.folder.pipeline_class.__name__,
             base=self.folder.published_name,
-            prompt=self.example_prompt,
+            prompt=quoted(prompt),
             steps=inference_steps,
             rank=self.options.rank,
             alpha=alpha_of(self.options),

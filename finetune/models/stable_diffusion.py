@@ -1,6 +1,6 @@
 """Text-to-image models of latents: a UNet2DConditionModel in a pipeline of Stable Diffusion 1, 2 or XL."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import diffusers
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from finetune.core.kind import Arguments, Batch, ImageFormat
+from finetune.core.kind import Arguments, Batch, Embed, ImageFormat
 from finetune.core.shapes import Shape
 from finetune.models.checks import check_forward
 from finetune.models.components import Folder
@@ -52,12 +52,6 @@ class StableDiffusion:
         self.divisor = encoders.factor * 2 ** (len(network.config.block_out_channels) - 1)
         self._square = Shape(resolution, resolution)
         self.shapes = [self._square]
-        self.prompts: Mapping[str, Mapping[str, torch.Tensor]] = {}
-        # What stands for no caption: SDXL's pipelines take zeros unless they say otherwise, the others the empty text.
-        self.absent: Mapping[str, torch.Tensor] = {
-            name: torch.zeros(shape) for name, shape in encoders.text_fields.items()
-        }
-        self._absent_on: dict[torch.device, dict[str, torch.Tensor]] = {}
 
     def train_shapes(self, shapes: list[Shape]) -> None:
         """Train pictures of these shapes; raises UserError if the UNet cannot take the latents of one of them."""
@@ -66,16 +60,11 @@ class StableDiffusion:
         self.shapes = shapes
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
-        """The scaled latents, (b, c, h, w), and the captions' embeddings; where dropped, those of no caption.
+        """The scaled latents, (b, c, h, w), and the captions' embeddings.
 
         SDXL's UNet also reads the original size, the crop's corner and the target size, each (h, w).
         """
-        told = {}
-        for name, absent in self._absent(batch["text"].device).items():
-            given = batch[name]
-            dropped = batch["dropped"].view(-1, *[1] * absent.dim())
-            told[name] = torch.where(dropped, absent.to(given.dtype), given)
-        return self._encoders.scaled(self._latents(batch)), self._arguments(told, batch.get("time_ids"))
+        return self._encoders.scaled(self._latents(batch)), self._arguments(batch, batch.get("time_ids"))
 
     def _latents(self, batch: Batch) -> torch.Tensor:
         """Those of the batch, or drawn from the posteriors of its images; not scaled."""
@@ -84,28 +73,24 @@ class StableDiffusion:
         posterior, draw = self._encoders.encode(batch["images"]), batch["posterior"]
         return posterior["mean"] + posterior["std"] * draw
 
-    def conditions(self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None) -> Arguments:
-        """The same for prompts that are remembered; None is no caption.
+    def conditions(
+        self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None, embed: Embed | None = None
+    ) -> Arguments:
+        """The embeddings of prompts; None is no caption.
 
         Args:
             shape: of the images that are drawn, as if of that original size and not cropped; None: the square.
         """
-        known = [self.absent if name is None else self.prompts[name] for name in names]
-        dtype = torch.get_default_dtype()
-        told = {name: torch.stack([one[name] for one in known]).to(device, dtype) for name in self.absent}
-        return self._arguments(told, self._uncropped(shape or self._square, len(known)).to(device))
+        assert embed is not None
+        told = {name: tensor.to(device) for name, tensor in embed(names).items()}
+        return self._arguments(told, self._uncropped(shape or self._square, len(names)).to(device))
 
-    def _arguments(self, told: dict[str, torch.Tensor], time_ids: torch.Tensor | None) -> Arguments:
+    def _arguments(self, told: Batch, time_ids: torch.Tensor | None) -> Arguments:
         arguments: Arguments = {"encoder_hidden_states": told["text"]}
         if "pooled" in told and time_ids is not None:
             times = time_ids.to(told["text"].dtype)
             arguments["added_cond_kwargs"] = {"text_embeds": told["pooled"], "time_ids": times}
         return arguments
-
-    def _absent(self, device: torch.device) -> dict[str, torch.Tensor]:
-        if device not in self._absent_on:
-            self._absent_on[device] = {name: tensor.to(device) for name, tensor in self.absent.items()}
-        return self._absent_on[device]
 
     @torch.no_grad()
     def images(self, clean: torch.Tensor) -> torch.Tensor:
@@ -115,12 +100,6 @@ class StableDiffusion:
     def encoders(self) -> PipelineEncoders:
         """The pipeline's VAE and text encoders."""
         return self._encoders
-
-    def remember(self, prompts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Keep the embeddings of prompts, and that of the empty text where it stands for no caption."""
-        self.prompts = prompts
-        if not self.folder.zeros_for_no_prompt:
-            self.absent, self._absent_on = self.prompts[""], {}
 
     def example(self, count: int, shape: Shape | None = None) -> dict[str, torch.Tensor]:
         """A batch of `count` blank images without captions, on the CPU: of a shape, or of the largest area."""
@@ -137,7 +116,7 @@ class StableDiffusion:
         blank |= {name: torch.zeros(count, *self._encoders.latents(shape)) for name in ("latents", "noise")}
         if self._encoders.sized:
             blank["time_ids"] = self._uncropped(shape, count)
-        return blank | {"dropped": torch.zeros(count, dtype=torch.bool)}
+        return blank
 
     @staticmethod
     def _uncropped(shape: Shape, count: int) -> torch.Tensor:
@@ -173,16 +152,13 @@ class StableDiffusion:
         """Write the pipeline of the present weights into a folder."""
         write_pipeline(self.pipeline(), folder)
 
-    def usage(self, inference_steps: int) -> str:
+    def usage(self, inference_steps: int, prompt: str) -> str:
         """How the exported pipeline is called, in Markdown."""
-        named = self.folder.pipeline_class.__name__
-        return USAGE.format(pipeline=named, prompt=self.example_prompt, steps=inference_steps)
-
-    @property
-    def example_prompt(self) -> str:
-        """A prompt to put between double quotes."""
-        prompt = next((text for text in self.prompts if text), "a caption")
-        return prompt.replace("\\", "").replace('"', "'")
+        return USAGE.format(
+            pipeline=self.folder.pipeline_class.__name__,
+            prompt=quoted(prompt),
+            steps=inference_steps,
+        )
 
     def identity(self) -> dict[str, Any]:
         """The configs of the UNet and of the noise scheduler, and hashes of the encoders."""
@@ -193,6 +169,11 @@ class StableDiffusion:
             "noise_scheduler": settings_of(self.noise_scheduler),
             "encoders": encoders,
         }
+
+
+def quoted(prompt: str) -> str:
+    """A prompt that can stand between double quotes."""
+    return prompt.replace("\\", "").replace('"', "'")
 
 
 def check_shape(kind: StableDiffusion, shape: Shape) -> None:

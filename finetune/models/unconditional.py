@@ -1,6 +1,6 @@
 """Unconditional pixel models: a UNet2DModel and its noise scheduler."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 
 from finetune.config.inputs import ModelConfig
-from finetune.core.kind import Arguments, Batch, Encoders, ImageFormat
+from finetune.core.kind import Arguments, Batch, Embed, Encoders, ImageFormat
 from finetune.core.shapes import Shape
 from finetune.models.checks import check_finite, check_forward, check_settings
 from finetune.models.hub import variant, write_pipeline
@@ -81,16 +81,15 @@ class Unconditional:
         """The same: this network denoises pixels."""
         return clean
 
-    def conditions(self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None) -> Arguments:
+    def conditions(
+        self, names: Sequence[str | None], device: torch.device, shape: Shape | None = None, embed: Embed | None = None
+    ) -> Arguments:
         """None: there is nothing to tell this network."""
         return {}
 
     def encoders(self) -> Encoders | None:
         """None: pixels are trained on as they are."""
         return None
-
-    def remember(self, prompts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Nothing: there are no prompts for this network."""
 
     def example(self, count: int, shape: Shape | None = None) -> dict[str, torch.Tensor]:
         """A batch of `count` blank images as the data would make it, on the CPU: of a shape, or of the largest area."""
@@ -118,7 +117,7 @@ class Unconditional:
         """Write the pipeline of the present weights into a folder."""
         write_pipeline(self.pipeline(), folder)
 
-    def usage(self, inference_steps: int) -> str:
+    def usage(self, inference_steps: int, prompt: str) -> str:
         """How the exported pipeline is called, in Markdown."""
         return USAGE.format(steps=inference_steps)
 

@@ -1,6 +1,6 @@
 """What is evaluated between updates, and when: validation, samples, and the quality of samples."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,11 @@ from diffusers.training_utils import EMAModel
 
 from finetune.config.schema import Config
 from finetune.core.kind import Kind
-from finetune.core.shapes import Shape
 from finetune.core.stopping import StopCheck
-from finetune.data.pixels import Pixels
 from finetune.evaluation import pictures
 from finetune.evaluation.evaluations import Evaluations
 from finetune.evaluation.quality import Quality
-from finetune.evaluation.sampling import sample, sample_each
+from finetune.evaluation.sampling import ImageSampler
 from finetune.evaluation.validation import Validation
 from finetune.models.ema import averaged_weights
 from finetune.run.report import Report
@@ -99,9 +97,10 @@ class Evaluator:
         options, rows = self.config.samples, self.evaluations.samples.names
         validation = self.evaluations.validation
         names = [name for name in rows for _ in range(-(-options.count // len(rows)))]
+        sampler = self._sampler
         with self._drawing():
             blocks = [
-                [self._sample(names, scale, "samples", shape) for scale in options.guidance_scales]
+                [np.stack(sampler.sample(names, [shape] * len(names), scale)) for scale in options.guidance_scales]
                 for shape in self.evaluations.samples.shapes
             ]
             strip = validation.denoise(self.accelerator.device) if validation else None
@@ -116,14 +115,14 @@ class Evaluator:
     def _measure(self, quality: Quality, step: int) -> float:
         """Compare samples with held-out images, drawn for their conditions and shapes; returns the kernel distance."""
         with self._drawing():
-            drawn = self.config.seed, quality.names, quality.shapes, self.config.samples.inference_steps
-            options = self.config.samples.guidance_scales[0], "quality", self.config.samples.negative_prompt
-            samples = sample_each(self.kind, self.accelerator, self.check_stop, *drawn, *options)
+            scale = self.config.samples.guidance_scales[0]
+            samples = self._sampler.sample(quality.names, quality.shapes, scale, "quality")
             distances = quality.distances(samples, self.accelerator, self.check_stop)
         self.report.log(step, {f"validation/{name}": value for name, value in distances.items()})
         return distances["kernel_distance"]
 
-    def _sample(self, names: Sequence[str | None], guidance_scale: float, purpose: str, shape: Shape) -> Pixels:
-        steps, negative = self.config.samples.inference_steps, self.config.samples.negative_prompt
-        options = guidance_scale, purpose, negative, shape
-        return sample(self.kind, self.accelerator, self.check_stop, self.config.seed, names, steps, *options)
+    @property
+    def _sampler(self) -> ImageSampler:
+        steps, negative = self.config.samples.inference_steps, self.evaluations.samples.negative_prompt
+        drawn = self.config.seed, steps, negative, self.evaluations.embed
+        return ImageSampler(self.kind, self.accelerator, self.check_stop, *drawn)

@@ -11,7 +11,7 @@ from finetune.core.batch import BatchLayout, window_range, windows_per_epoch
 from finetune.core.kind import Kind
 from finetune.core.shapes import Shape
 from finetune.core.sharding import held_bytes
-from finetune.data.encodings import Encodings
+from finetune.data.encodings import RequiredEncodings
 from finetune.data.order import WindowSampler
 from finetune.data.pixels import Images
 from finetune.run.report import table
@@ -90,7 +90,7 @@ def plan(
     return "\n".join([rows, *filter(None, surprises)])
 
 
-def data_notes(kind: Kind, images: Images, held_out: Images | None, encodings: Encodings | None) -> list[str]:
+def data_notes(kind: Kind, images: Images, held_out: Images | None, encodings: RequiredEncodings | None) -> list[str]:
     """What the plan says of the data, each line once."""
     sources = [source for source in (images, held_out, encodings) if source is not None]
     notes = list(dict.fromkeys(note for source in sources for note in source.notes))

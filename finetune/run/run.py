@@ -113,8 +113,9 @@ class Run:
         scalars["train/images_per_second"] = len(positions) / seconds
         scalars |= {f"time/{phase}": spent for phase, spent in phases.items()}
         if np.isfinite(result.losses).all():
-            timesteps, dropped = self.examples.timesteps(epoch, positions), self.examples.dropped(epoch, positions)
-            scalars |= self.meters.add_window(result, timesteps, self.examples.num_train_timesteps, dropped)
+            examples, timesteps = self.examples, self.examples.timesteps(epoch, positions)
+            dropped = examples.dropped(epoch, positions) if examples.conditional else None
+            scalars |= self.meters.add_window(result, timesteps, examples.num_train_timesteps, dropped)
         if self.state.skipped:
             scalars["train/skipped_updates"] = self.state.skipped
         ended = self.state.step % self.length.steps_per_epoch == 0 or self.done
@@ -202,7 +203,8 @@ class Run:
         pictures.loss_curve(history, self.output_dir / "loss_curve.png", self.length.steps_per_epoch)
         samples = self.evaluator.samples_file(state.step)
         shown = [samples] if samples.exists() else []
-        card = model_card(self.config, self.kind, rows, shown[0].name if shown else None)
+        prompt = self.evaluator.evaluations.samples.example
+        card = model_card(self.config, self.kind, rows, shown[0].name if shown else None, prompt)
         hub.save_export(self.kind.save, folder, card, shown)
         if self.config.export.push_to_hub is not None:
             rows["uploaded to"] = hub.push(folder, self.config.export.push_to_hub)

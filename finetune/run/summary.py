@@ -93,8 +93,12 @@ def _recipe(config: Config) -> str:
     return plain_yaml.write(values)
 
 
-def model_card(config: Config, kind: Kind, rows: dict[str, str], picture: str | None) -> str:
-    """The exported pipeline's README: origin, use, results, recipe. It names no path of this machine and no secret."""
+def model_card(config: Config, kind: Kind, rows: dict[str, str], picture: str | None, prompt: str) -> str:
+    """The exported pipeline's README: origin, use, results, recipe. It names no path of this machine and no secret.
+
+    Args:
+        prompt: of the example of its use, for a model of captions.
+    """
     task = "text-to-image" if kind.captioned else "unconditional-image-generation"
     base, source, averaged = config.model.pretrained, config.data.source, config.ema.enabled
     data = ModelCardData(
@@ -111,7 +115,7 @@ def model_card(config: Config, kind: Kind, rows: dict[str, str], picture: str | 
         f"{origin} on the images of {images}. Holds the {'averaged (EMA)' if averaged else 'last'} weights.",
         f"![samples]({picture})" if picture else "",
         "## Use",
-        kind.usage(config.samples.inference_steps),
+        kind.usage(config.samples.inference_steps, prompt),
         "## Result",
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         "## Recipe",

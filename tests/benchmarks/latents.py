@@ -147,12 +147,12 @@ if {random}:  # neither encoders nor encodings: latents and texts from a generat
     def content(batches, slots):
         return {{"latents": torch.randn(len(slots), *batches.shape(slots[0].image))}}
 
-    def conditions(batches, slots):
-        return {{name: torch.randn(len(slots), *shape) for name, shape in batches.embeddings.fields.items()}}
+    def conditions(batches, slots, dropped):
+        return {{name: torch.randn(len(slots), *shape) for name, shape in batches.texts.store.fields.items()}}
 
     encoded_batches.EncodedBatches.content, encoded_batches.EncodedBatches.conditions = content, conditions
-    encodings.Encodings.make = lambda self, accelerator, images=None: None
-    encodings.Prompts.__getitem__ = lambda self, text: {{n: torch.zeros(s) for n, s in self.embeddings.fields.items()}}
+    encodings.RequiredEncodings.make = lambda self, accelerator, images=None: self._encodings()
+    encodings.Embeddings._entry = lambda self, text: {{n: torch.zeros(s) for n, s in self.store.fields.items()}}
     PipelineEncoders.check = lambda self: None
     train.check_prediction_type = lambda *arguments: None
 evaluate, calls = Run.evaluate, []

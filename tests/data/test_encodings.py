@@ -19,7 +19,7 @@ from finetune.data import encodings as encodings_module
 from finetune.data import store
 from finetune.data.captions import Captions
 from finetune.data.encoded_batches import CroppedBatches, EncodedBatches, size_and_crop
-from finetune.data.encodings import Encodings, image_key
+from finetune.data.encodings import RequiredEncodings, image_key
 from finetune.data.order import Slot
 from finetune.data.pieces import Share, make_pieces
 from finetune.data.pixels import FEATURES, SHAPED_FEATURES, Images, Original, pixel_row, shaped_row
@@ -42,7 +42,7 @@ class Halving:
     """
 
     text_fields = {"text": (3, 2)}  # noqa: RUF012 - as the protocol has it
-    text_chunk, sized = 4, False
+    text_chunk, sized, no_text = 4, False, ""
 
     def __init__(self, image_key="one", text_key="one", chunk=2):
         self.image_key, self.text_key, self.work, self.freed, self.chunk = image_key, text_key, [], 0, chunk
@@ -88,13 +88,11 @@ def images(arrays=ARRAYS, texts=TEXTS):
 
 
 def find(encoders=None, pictures=None, flips=False, prompts=()):
-    return Encodings(encoders or Halving(), [(pictures or images(), (False, True)[: 1 + flips])], prompts)
+    return RequiredEncodings(encoders or Halving(), [(pictures or images(), (False, True)[: 1 + flips])], prompts)
 
 
 def made(accelerator, **options):
-    encodings = find(**options)
-    encodings.make(accelerator)
-    return encodings
+    return find(**options).make(accelerator)
 
 
 def batches(encodings, pictures=None, seed=7, **options):
@@ -120,7 +118,7 @@ def test_a_latent_is_the_mean_and_a_keyed_draw_of_the_deviation(accelerator):
 
 def test_a_flipped_image_is_an_entry_of_its_own(accelerator):
     encodings = made(accelerator, flips=True)
-    assert (encodings.needed, encodings.missing_images) == ({Shape(4, 4): 10}, {})
+    assert len(encodings.posteriors[Shape(4, 4)].places) == 10
     slots = [Slot(0, 0, position, 1.0) for position in range(20)]
     flipping = batches(encodings, random_flip=True)
     batch = flipping.__getitems__(slots)
@@ -134,19 +132,34 @@ def test_a_flipped_image_is_an_entry_of_its_own(accelerator):
 
 
 def test_an_image_is_shown_as_its_mean_with_its_first_caption(accelerator):
-    shown = batches(made(accelerator), random_flip=False).shown([1, 3], dropped=True)
+    shown = batches(made(accelerator), random_flip=False).shown([1, 3], dropped=False)
     assert torch.equal(shown["latents"], torch.from_numpy(ARRAYS[[1, 3], :, :2, 0])[:, None].float() / 255)
     assert shown["text"][:, 0, 0].tolist() == [ord("b"), ord("d")]
-    assert shown["dropped"].tolist() == [True, True]
 
 
 def test_a_batch_has_the_caption_of_its_position(accelerator):
     pictures, slots = images(), [Slot(1, 0, position, 1.0) for position in range(50)]
-    batch = batches(made(accelerator), condition_dropout=0.25).__getitems__(slots)
+    batch = batches(made(accelerator)).__getitems__(slots)
     expected = [float(ord(pictures.captions.texts[pictures.captions.drawn(7, slot)])) for slot in slots]
     assert batch["text"][:, 2, 1].tolist() == expected
     assert {*expected} == {98.0, 99.0}
-    assert batch["dropped"].tolist() == randomness.conditions_dropped(7, 0, range(50), 0.25).tolist()
+
+
+@pytest.mark.parametrize(("no_text", "absent"), [("", 7.0), (None, 0.0)])
+def test_a_dropped_caption_is_the_empty_text_or_zeros(accelerator, no_text, absent):
+    """The same for a batch, for what is shown and for a prompt; the empty text is embedded as sevens here."""
+    encoders = Halving()
+    embed = encoders.texts
+    encoders.texts = lambda texts, device: {"text": embed(texts, device)["text"] + 7}
+    encoders.no_text = no_text
+    encodings, slots = made(accelerator, encoders=encoders), [Slot(0, 0, position, 1.0) for position in range(50)]
+    told = batches(encodings, condition_dropout=0.25)
+    dropped = randomness.conditions_dropped(7, 0, range(50), 0.25)
+    expected = [absent if without else ord("a") + 7.0 for without in dropped]
+    assert {*expected} == {absent, 104.0}
+    assert told.__getitems__(slots)["text"][:, 2, 1].tolist() == expected
+    assert told.shown([1, 3], dropped=True)["text"][:, 0, 0].tolist() == [absent, absent]
+    assert encodings.texts.embed(["d", None])["text"][:, 0, 0].tolist() == [107.0, absent]
 
 
 def test_what_is_there_is_not_made_again(accelerator):
@@ -155,9 +168,8 @@ def test_what_is_there_is_not_made_again(accelerator):
     made(accelerator, encoders=first)
     assert first.work == [4, 4, 2, 2, 2]
     assert first.freed > 0
-    again = made(accelerator, encoders=second, prompts=["a", "b"])
+    made(accelerator, encoders=second, prompts=["a", "b"])
     assert second.work == []
-    assert again.missing_bytes == 0
     made(accelerator, encoders=second, prompts=["another prompt"])
     assert second.work == [4]
 
@@ -178,10 +190,9 @@ def test_entries_belong_to_what_they_were_made_from(accelerator):
 
 def test_equal_pictures_and_captions_are_encoded_once(accelerator):
     twice = images([*ARRAYS[:2], *ARRAYS[:2]], [["a"], ["b"], ["b"], ["a"]])
-    encodings = find(pictures=twice)
-    assert (encodings.needed, encodings.texts) == ({Shape(4, 4): 2}, ["", "a", "b"])
-    encodings.make(accelerator)
-    shown = batches(encodings, twice).shown([0, 2], dropped=False)
+    required = find(pictures=twice)
+    assert (required.needed, required.texts) == ({Shape(4, 4): 2}, ["", "a", "b"])
+    shown = batches(required.make(accelerator), twice).shown([0, 2], dropped=False)
     assert torch.equal(shown["latents"][0], shown["latents"][1])
 
 
@@ -196,8 +207,8 @@ def test_an_interrupted_run_continues_with_the_next_piece(accelerator, monkeypat
         made(accelerator)
     rest = find()
     assert (len(rest.missing_images), len(rest.missing_texts)) == (3, 0)
-    rest.make(accelerator)
-    undisturbed = [batches(rest).shown([index], dropped=False)["latents"] for index in range(5)]
+    encodings = rest.make(accelerator)
+    undisturbed = [batches(encodings).shown([index], dropped=False)["latents"] for index in range(5)]
     assert torch.equal(torch.cat(undisturbed), torch.from_numpy(ARRAYS[..., :2, 0])[:, None].float() / 255)
 
 
@@ -311,7 +322,7 @@ def test_a_damaged_piece_is_made_again(accelerator):
 
 def test_what_a_killed_process_left_is_deleted_after_a_day_and_what_another_one_writes_stays(accelerator):
     """Whether it is of this host or not, by safetensors or by us. Entries are not removed, however old."""
-    folder, now = made(accelerator).embeddings.folder, time.time()
+    folder, now = made(accelerator).texts.store.folder, time.time()
     (piece,) = folder.iterdir()
     names = [".tmpA3bX9z", f".{piece.name}.{os.getpid()}", f".{piece.name}.4194305", f".{piece.name}.{'ab' * 16}"]
     for name, age in [(name + more, age) for name in names for more, age in (("-new", 80_000), ("-old", 90_000))]:
@@ -328,7 +339,7 @@ def test_pieces_have_the_permissions_of_new_files(accelerator, tmp_path):
     """Users who share a cache read each other's."""
     (tmp_path / "new").touch()
     encodings = made(accelerator)
-    files = [*encodings.embeddings.folder.glob("*"), *encodings.posteriors[Shape(4, 4)].folder.glob("*")]
+    files = [*encodings.texts.store.folder.glob("*"), *encodings.posteriors[Shape(4, 4)].folder.glob("*")]
     assert {file.stat().st_mode for file in files} == {(tmp_path / "new").stat().st_mode}
 
 
@@ -354,13 +365,14 @@ def test_a_piece_that_may_not_be_read_is_named_and_one_that_is_gone_is_missing(
 
 def test_the_plan_says_how_much_there_is_and_how_much_is_missing(accelerator):
     """Five images of 2 x 8 numbers and six texts of 6 numbers, four bytes each: 320 + 144 bytes."""
-    encodings = find(pictures=images(texts=[["a"], ["b", "c"], ["a"], ["d"], ["a long caption"]]))
+    pictures = images(texts=[["a"], ["b", "c"], ["a"], ["d"], ["a long caption"]])
+    encodings = find(pictures=pictures)
     assert encodings.missing_bytes == 5 * 16 * 4 + 6 * 6 * 4
     line, cut_off = encodings.notes
     assert line == "encodings: 5 latents and 6 texts, 0.0 MB on disk; still to be made: 5 and 6, 0.0 MB"
     assert cut_off == "captions cut off after 3 tokens: 1 of 5, 'a long caption'"
     encodings.make(accelerator)
-    assert encodings.notes[0] == "encodings: 5 latents and 6 texts, 0.0 MB on disk"
+    assert find(pictures=pictures).notes[0] == "encodings: 5 latents and 6 texts, 0.0 MB on disk"
 
 
 LONG = ["a long caption", "a prompt too long", "abc"]
@@ -377,14 +389,19 @@ def test_prompts_that_are_cut_off_are_named_beside_the_captions():
 
 def test_the_first_images_are_encoded_alone_with_their_first_captions(accelerator):
     pictures = images(texts=[["a"], ["b", "c"], ["a"], ["d"], ["e"]])
-    encodings = find(pictures=pictures, flips=True, prompts=["f"])
-    encodings.make(accelerator, images=2)
-    assert (len(encodings.missing_images), [*encodings.missing_texts.values()]) == (8, ["c", "d", "e", "f"])
-    assert encodings.encoders.work == [4, 2]  # a chunk of texts: a, b and the empty one, and one of images
-    encodings.make(accelerator, images=2)
-    assert encodings.encoders.work == [4, 2]
-    encodings.make(accelerator)
-    assert not encodings.missing_bytes
+    encoders = Halving()
+
+    def required():
+        return find(encoders, pictures, flips=True, prompts=["f"])
+
+    required().make(accelerator, images=2)
+    left = required()
+    assert (len(left.missing_images), [*left.missing_texts.values()]) == (8, ["c", "d", "e", "f"])
+    assert encoders.work == [4, 2]  # a chunk of texts: a, b and the empty one, and one of images
+    left.make(accelerator, images=2)
+    assert encoders.work == [4, 2]
+    left.make(accelerator)
+    assert required().missing_bytes == 0
 
 
 def test_too_little_room_is_found_before_anything_is_encoded(accelerator, monkeypatch):
@@ -406,13 +423,14 @@ def test_an_encoder_that_overflows_is_one_line(accelerator):
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.text(max_size=4), min_size=1, max_size=12, unique=True), st.integers(1, 5))
 def test_a_store_gives_back_what_was_written(tmp_path_factory, names, piece):
-    store = Store(str(tmp_path_factory.mktemp("store")), {"one": (2,), "other": (1, 3)})
+    described = str(tmp_path_factory.mktemp("store")), {"one": (2,), "other": (1, 3)}
+    store = Store(*described)
     keys = [key(name) for name in names]
     values = {"one": torch.randn(len(keys), 2), "other": torch.randn(len(keys), 1, 3)}
     for start in range(0, len(keys), piece):
         part = slice(start, start + piece)
         store.write(keys[part], {name: tensor[part] for name, tensor in values.items()})
-    store.scan()
+    store = Store(*described)
     assert store.places.keys() == {*keys}
     for row, name in enumerate(keys):
         entry = store.read(name)
@@ -458,7 +476,11 @@ def test_pictures_of_many_shapes_are_encoded_each_in_its_own(accelerator):
     """All three of 16 pixels, in chunks of two; the two last pictures are one entry."""
     encoders, pictures = Halving(), shaped_images()
     encodings = made(accelerator, encoders=encoders, pictures=pictures)
-    assert encodings.needed == {Shape(4, 4): 2, Shape(2, 8): 2, Shape(8, 2): 1}
+    assert {shape: len(store.places) for shape, store in encodings.posteriors.items()} == {
+        Shape(4, 4): 2,
+        Shape(2, 8): 2,
+        Shape(8, 2): 1,
+    }
     assert encoders.work == [4, 2, 2, 2]  # captions, then a chunk of each shape
     assert encodings.posteriors[Shape(2, 8)].entry_bytes == 2 * 4 * 2 * 4
     made_of = batches(encodings, pictures)
@@ -531,8 +553,7 @@ def cropped(accelerator, encoders, arrays, original, **options):
     rows = [pixel_row(array, Original(*original, colour=False)) for array in arrays]
     table = datasets.Dataset.from_list(rows, features=FEATURES)
     pictures = Images(table, np.arange(len(arrays)), 1, 4, captions=Captions.of(TEXTS[: len(arrays)]))
-    encodings = Encodings(encoders, [(pictures, ())], [])
-    encodings.make(accelerator)
+    encodings = RequiredEncodings(encoders, [(pictures, ())], []).make(accelerator)
     settings = {"random_flip": True, "condition_dropout": 0.25, **options}
     return CroppedBatches(pictures, encodings, 7, 100, "stratified", **settings)
 
@@ -595,9 +616,8 @@ def test_images_that_are_cropped_at_random_are_shown_by_their_centres(accelerato
 def test_held_out_images_of_a_run_with_random_crops_are_encoded(accelerator):
     """From their centres, each once and not mirrored, with the captions of all."""
     trained, held = images(ARRAYS[:3]), images(np.stack([COLUMNS, COLUMNS + 1]))
-    encodings = Encodings(Halving(), [(trained, ()), (held, (False,))], [])
-    encodings.make(accelerator)
-    assert encodings.needed == {Shape(4, 4): 2}
+    encodings = RequiredEncodings(Halving(), [(trained, ()), (held, (False,))], []).make(accelerator)
+    assert len(encodings.posteriors[Shape(4, 4)].places) == 2
     assert (encodings.have(trained), encodings.have(held)) == (False, True)
     shown = batches(encodings, held).shown([0, 1], dropped=False)
     assert torch.equal(shown["latents"][:, 0, 0], torch.tensor([[1.0, 2.0], [2.0, 3.0]]) / 255)

@@ -9,8 +9,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
 from finetune.core.randomness import noise
+from finetune.core.shapes import Shape
 from finetune.core.stopping import Interrupted, StopCheck
-from finetune.evaluation.sampling import check_sampling, sample
+from finetune.evaluation.sampling import ImageSampler, check_sampling
 from finetune.models.load import load_kind
 from harness.configs import UNET
 from harness.faults import RequestedAt
@@ -22,7 +23,8 @@ def kind():
 
 
 def draw(kind, seed, count, steps=3):
-    return sample(kind, Accelerator(cpu=True), lambda: None, seed, [None] * count, steps)
+    sampler = ImageSampler(kind, Accelerator(cpu=True), lambda: None, seed, steps)
+    return np.stack(sampler.sample([None] * count, [Shape(8, 8)] * count))
 
 
 def test_samples_depend_on_the_seed_and_not_on_how_many_are_drawn(kind):
@@ -59,7 +61,7 @@ def test_samples_of_a_network_that_knows_the_image_are_that_image():
 def test_sampling_ends_at_the_next_step_after_a_stop(kind):
     accelerator, requested = Accelerator(cpu=True), RequestedAt(3)
     with pytest.raises(Interrupted):
-        sample(kind, accelerator, StopCheck(requested), 0, [None] * 8, 5)
+        ImageSampler(kind, accelerator, StopCheck(requested), 0, 5).sample([None] * 8, [Shape(8, 8)] * 8)
     assert requested.asked == 3
     assert kind.network.training
 

@@ -13,7 +13,7 @@ from finetune.core.shapes import Shape
 from finetune.data.pixels import SHAPED_FEATURES, Images, Original, shaped_row
 from finetune.evaluation.pictures import beside, grid
 from finetune.evaluation.rounds import rounds
-from finetune.evaluation.sampling import sample, sample_each, sampled_shapes
+from finetune.evaluation.sampling import ImageSampler, sampled_shapes
 from finetune.evaluation.validation import Validation
 from finetune.models.unconditional import Unconditional
 from finetune.training.compute import flops_per_image
@@ -62,7 +62,8 @@ def test_samples_have_the_shape_that_is_asked_for(accelerator, kind):
     assert sampled_shapes(SamplesConfig(shapes=[[8, 8], [16, 4]]), images) == [Shape(8, 8), Shape(4, 16)]
     with pytest.raises(UserError, match=r"samples\.shapes: found 4 x 16; expected shapes of the images"):
         sampled_shapes(SamplesConfig(shapes=[[4, 16]]), images)
-    drawn = sample(kind, accelerator, lambda: None, 0, [None] * 3, 2, shape=Shape(4, 16))
+    sampler = ImageSampler(kind, accelerator, lambda: None, 0, 2)
+    drawn = np.stack(sampler.sample([None] * 3, [Shape(4, 16)] * 3))
     assert drawn.shape == (3, 4, 16, 1)
     wide, tall = grid(drawn), grid(drawn.swapaxes(1, 2))
     both = beside([wide, tall])
@@ -72,9 +73,10 @@ def test_samples_have_the_shape_that_is_asked_for(accelerator, kind):
 def test_each_image_is_drawn_in_its_own_shape(accelerator, kind):
     """And as among images of that shape alone: the starting noise is that of its place."""
     wide, square = Shape(4, 16), Shape(8, 8)
-    drawn = sample_each(kind, accelerator, lambda: None, 0, [None] * 3, [wide, square, wide], 2)
+    sampler = ImageSampler(kind, accelerator, lambda: None, 0, 2)
+    drawn = sampler.sample([None] * 3, [wide, square, wide])
     for shape in (wide, square):
-        alone = sample(kind, accelerator, lambda: None, 0, [None] * 3, 2, shape=shape)
+        alone = sampler.sample([None] * 3, [shape] * 3)
         for index in range(3):
             if drawn[index].shape == (*shape, 1):
                 assert abs(drawn[index].astype(int) - alone[index]).max() <= 1

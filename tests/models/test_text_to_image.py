@@ -13,8 +13,9 @@ from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
-from finetune.evaluation.sampling import sample_each
+from finetune.evaluation.sampling import ImageSampler
 from finetune.models.load import load_kind
+from harness.compare import unequal
 from harness.configs import ROOT
 from harness.pipelines import LENGTH, NOISE_SCHEDULER, VAE_ROUNDING, save_pipeline
 from harness.processes import forget_processes
@@ -50,10 +51,14 @@ def folder(request, folders):
     return folders[request.param]
 
 
-def remembering(kind):
-    encoded = kind.encoders().texts(TEXTS, CPU)
-    kind.remember({text: {name: encoded[name][row] for name in encoded} for row, text in enumerate(TEXTS)})
-    return kind
+def embedding(kind):
+    """What makes embeddings of TEXTS, as a run's encodings do."""
+    encoders = kind.encoders()
+    encoded = encoders.texts(TEXTS, CPU)
+    rows = {text: {name: encoded[name][row] for name in encoded} for row, text in enumerate(TEXTS)}
+    zeros = {name: torch.zeros(shape) for name, shape in encoders.text_fields.items()}
+    rows[None] = zeros if encoders.no_text is None else rows[encoders.no_text]
+    return lambda texts: {name: torch.stack([rows[text][name] for text in texts]) for name in encoded}
 
 
 def test_it_says_what_it_needs_of_the_data(folder):
@@ -158,41 +163,46 @@ def test_latents_are_shifted_where_the_vae_says_so(folders, tmp_path):
 
 
 @pytest.mark.parametrize("zeros", [True, False])
-def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_prompt(folders, tmp_path, zeros):
+def test_no_caption_is_what_the_pipeline_takes_for_no_prompt(folders, tmp_path, zeros):
     """Zeros for SDXL unless its index says otherwise; the empty text for the others."""
     folder = shutil.copytree(folders["sdxl"], tmp_path / "sdxl")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
-    for path, expect_zeros in ((folder, zeros), (folders["sd"], False)):
-        kind = remembering(load(path))
-        encoded = kind.encoders().texts(TEXTS, CPU)
-        batch = kind.example(2) | {name: tensor[:2] for name, tensor in encoded.items()}
-        batch["dropped"] = torch.tensor([False, True])
-        _, told = kind.inputs(batch)
-        absent = torch.zeros_like(encoded["text"][2]) if expect_zeros else encoded["text"][2]
-        assert torch.equal(told["encoder_hidden_states"], torch.stack([encoded["text"][0], absent]))
-        asked = kind.conditions(["a cat", None], CPU)
-        assert torch.equal(asked["encoder_hidden_states"], told["encoder_hidden_states"])
-        if "added_cond_kwargs" in told:
-            pooled = torch.zeros(6) if expect_zeros else encoded["pooled"][2]
-            assert torch.equal(told["added_cond_kwargs"]["text_embeds"], torch.stack([encoded["pooled"][0], pooled]))
-            assert asked["added_cond_kwargs"]["time_ids"].tolist() == [[8.0, 8.0, 0.0, 0.0, 8.0, 8.0]] * 2
+    assert load(folder).encoders().no_text == (None if zeros else "")
+    assert load(folders["sd"]).encoders().no_text == ""
+
+
+def test_prompts_are_conditions_as_the_captions_of_a_batch_are(folder):
+    """A batch of images that have their shape from the start, and samples of that shape."""
+    kind = load(folder)
+    embed = embedding(kind)
+    _, told = kind.inputs(kind.example(2) | embed(["a cat", "a dog"]))
+    asked = kind.conditions(["a cat", "a dog"], CPU, embed=embed)
+    assert torch.equal(asked["encoder_hidden_states"], embed(["a cat", "a dog"])["text"])
+    assert torch.equal(asked["encoder_hidden_states"], told["encoder_hidden_states"])
+    assert unequal(told.get("added_cond_kwargs", {}), asked.get("added_cond_kwargs", {})) == []
+    if "added_cond_kwargs" in told:
+        assert torch.equal(told["added_cond_kwargs"]["text_embeds"], embed(["a cat", "a dog"])["pooled"])
+        assert asked["added_cond_kwargs"]["time_ids"].tolist() == [[8.0, 8.0, 0.0, 0.0, 8.0, 8.0]] * 2
 
 
 def test_pictures_of_many_shapes(folder):
     """8 pixels a side are 4 latents, which the UNet halves once."""
-    kind = remembering(load(folder))
+    kind = load(folder)
+    embed = embedding(kind)
     assert kind.divisor == 4
     shapes = [Shape(8, 8), Shape(4, 16), Shape(12, 8)]  # 64, 64 and 96 pixels
     kind.train_shapes(shapes)
     assert kind.shapes == shapes
     assert kind.example(2)["latents"].shape == kind.example(2)["noise"].shape == (2, 4, 6, 4)
     assert kind.example(1, Shape(4, 16))["latents"].shape == (1, 4, 2, 8)
-    asked = kind.conditions(["a cat"], CPU, Shape(12, 8))
+    asked = kind.conditions(["a cat"], CPU, Shape(12, 8), embed)
     if "added_cond_kwargs" in asked:
         assert kind.example(2)["time_ids"].tolist() == [[12, 8, 0, 0, 12, 8]] * 2
         assert asked["added_cond_kwargs"]["time_ids"].tolist() == [[12.0, 8.0, 0.0, 0.0, 12.0, 8.0]]
-        assert kind.conditions(["a cat"], CPU)["added_cond_kwargs"]["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]]
+        assert kind.conditions(["a cat"], CPU, embed=embed)["added_cond_kwargs"]["time_ids"].tolist() == [
+            [8, 8, 0, 0, 8, 8]
+        ]
     with pytest.raises(UserError, match=r"the UNet of .* cannot denoise the latents of images of 1 x 8 pixels"):
         kind.train_shapes([Shape(8, 1)])
 
@@ -215,10 +225,11 @@ def test_images_of_another_shape_are_encoded_and_decoded_as_the_pipeline_does(fo
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_samples_of_a_shape_are_those_of_the_pipeline(folder, scale):
     forget_processes()
-    kind, accelerator = remembering(load(folder)), Accelerator(cpu=True)
+    kind, accelerator = load(folder), Accelerator(cpu=True)
     names, shapes = ["a cat", "a dog", "a cat"], [Shape(8, 16), Shape(8, 8), Shape(8, 16)]
     kind.train_shapes([Shape(8, 8), Shape(8, 16)])
-    drawn = sample_each(kind, accelerator, lambda: None, 5, names, shapes, 2, scale)
+    sampler = ImageSampler(kind, accelerator, lambda: None, 5, 2, embed=embedding(kind))
+    drawn = sampler.sample(names, shapes, scale)
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(kind.noise_scheduler.config)

@@ -9,8 +9,9 @@ from diffusers import DDPMPipeline
 from PIL import Image
 
 from finetune.evaluation import pictures, validation
+from finetune.evaluation.sampling import ImageSampler
 from finetune.models import hub
-from finetune.run import checkpoint, checkpoints, evaluator, manifest, report, run
+from finetune.run import checkpoint, checkpoints, manifest, report, run
 from finetune.training.window import Window
 from harness.compare import differing, valid_checkpoints
 from harness.configs import EVALUATED_STEPS
@@ -33,7 +34,7 @@ SLOW_KILLS = {
     "before pruning": (checkpoints.Checkpoints, "prune", 3),
     "while pruning": (checkpoints.shutil, "rmtree", 1),
     "in the first validation": (validation.Validation, "losses", 1, True),
-    "while sampling": (evaluator, "sample", 2, True),
+    "while sampling": (ImageSampler, "sample", 2, True),
     "before a picture is written": (Image.Image, "save", 5),  # a file and TensorBoard's copy of two pictures at step 0
     "after a line of metrics": (report.History, "add", 5, True),
     "before the loss curve": (pictures, "loss_curve", 1),

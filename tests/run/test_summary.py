@@ -77,7 +77,7 @@ def test_tensorboard_is_pointed_at_the_folder_of_all_runs(output_dir, folder):
 
 
 def test_the_card_is_one_that_the_hub_reads():
-    card = ModelCard(model_card(config_of(), KIND, {"training loss": "0.1"}, "step-9.png"))
+    card = ModelCard(model_card(config_of(), KIND, {"training loss": "0.1"}, "step-9.png", ""))
     assert card.data.library_name == "diffusers"
     assert "base_model" not in card.data.to_dict()
     assert "| training loss | 0.1 |" in card.text
@@ -87,11 +87,11 @@ def test_the_card_is_one_that_the_hub_reads():
 
 def test_the_card_names_what_lies_on_the_hub():
     model, source = "google/ddpm-cat-256", "huggan/smithsonian_butterflies_subset"
-    card = ModelCard(model_card(config_of(model={"pretrained": model}, data__source=source), KIND, {}, None))
+    card = ModelCard(model_card(config_of(model={"pretrained": model}, data__source=source), KIND, {}, None, ""))
     assert card.data.base_model == model
     assert f"Fine-tuned from `{model}` on the images of `{source}`." in card.text
     assert recipe(card).data.source == source
-    assert "on the images of `digits`." in model_card(config_of(data__source="digits"), KIND, {}, None)
+    assert "on the images of `digits`." in model_card(config_of(data__source="digits"), KIND, {}, None, "")
 
 
 def recipe(card: ModelCard) -> Config:
@@ -113,7 +113,7 @@ def test_the_card_does_not_publish_local_paths(tmp_path, monkeypatch):
         validation={"quality": {"features": str(secret / "dinov2")}},
     )
     config = Config.model_validate(values)
-    text = model_card(config, KIND, {}, None)
+    text = model_card(config, KIND, {}, None, "")
     assert "alice" not in text
     assert "~" not in text
     card = ModelCard(text)
@@ -128,13 +128,13 @@ def test_the_card_does_not_publish_local_paths(tmp_path, monkeypatch):
     (secret / "photographs" / "a.parquet").touch()
     sources = {"runs/../photographs": "photographs", "photographs/*.parquet": "*.parquet"}
     for source, name in (sources | {f"file://{secret}/photographs/a.parquet": "a.parquet"}).items():
-        card = ModelCard(model_card(config_of(data__source=source), KIND, {}, None))
+        card = ModelCard(model_card(config_of(data__source=source), KIND, {}, None, ""))
         assert "on the images of a local folder" in card.text
         assert recipe(card).data.source == name
 
 
 def test_the_card_does_not_publish_the_secrets_of_an_address():
-    text = model_card(config_of(data__source="https://user:secret@host/x.parquet?sig=secret"), KIND, {}, None)
+    text = model_card(config_of(data__source="https://user:secret@host/x.parquet?sig=secret"), KIND, {}, None, "")
     assert "secret" not in text
     assert "on the images of `https://host/x.parquet`." in text
     assert recipe(ModelCard(text)).data.source == "https://host/x.parquet"
