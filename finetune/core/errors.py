@@ -1,4 +1,6 @@
-"""Errors the user can act on."""
+"""Errors the user can act on, and how their messages quote things."""
+
+from typing import Any
 
 
 class UserError(Exception):
@@ -20,3 +22,9 @@ def first_line(error: BaseException) -> str:
     """The first line of a library's error message, cut to at most 200 characters."""
     first, *_ = str(error).strip().splitlines() or [type(error).__name__]
     return first if len(first) <= 200 else f"{first[:197]}..."
+
+
+def short(value: Any) -> str:
+    """A value as a message quotes it, at most 60 characters."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

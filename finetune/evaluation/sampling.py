@@ -8,9 +8,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from finetune.config.fields import short
 from finetune.config.outputs import SamplesConfig
-from finetune.core.errors import UserError, first_line
+from finetune.core.errors import UserError, first_line, short
 from finetune.core.groups import summed
 from finetune.core.kind import Kind, predict
 from finetune.core.randomness import noise
