@@ -1,5 +1,7 @@
 """Errors the user can act on, and how their messages quote things."""
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 
@@ -28,3 +30,9 @@ def short(value: Any) -> str:
     """A value as a message quotes it, at most 60 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def first_few(names: Iterable[str], most: int = 3) -> str:
+    """The first few of some names, as a message lists them. Of an iterator no more are made than one beyond these."""
+    first = [*islice(names, most + 1)]
+    return ", ".join(first[:most]) + (", ..." if len(first) > most else "")
