@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 
 from finetune.core.errors import UserError
 
+LARGER_CACHE = "or set HF_DATASETS_CACHE to a larger disk"  # the advice of `require_room` on the cache
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:

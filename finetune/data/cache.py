@@ -21,7 +21,6 @@ from finetune.data.order import Indices
 from finetune.data.pixels import Encoded, Row
 
 PIECE = 4096  # pictures in a cache file; at most this many are decoded again after an interruption
-LARGER_CACHE = "or set HF_DATASETS_CACHE to a larger disk"
 BATCH_ROWS, BATCH_BYTES = 128, 2**25  # pictures and their pixels decoded between two writes
 
 
