@@ -10,6 +10,7 @@ import glob
 import io
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ def open_source(source: str, output_dir: str | None = None, captioned: bool = Fa
     Raises:
         UserError: it cannot be opened, or `output_dir` is among its files; one line.
     """
-    with explained(source):
+    with explained(source), quiet():  # files that may be thumbnails are compared as pictures
         return _open(source, output_dir, captioned)
 
 
@@ -82,6 +83,14 @@ def explained(source: str) -> Iterator[None]:
         raise UserError(f"data.source: {source}: {_explanation(error)}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore PIL's warnings: large pictures that it still allows, odd metadata. Not thread-safe: enter it outside."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        yield
 
 
 def _explanation(error: BaseException) -> str:
