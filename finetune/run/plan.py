@@ -14,8 +14,8 @@ from finetune.core.sharding import held_bytes
 from finetune.data.encodings import Encodings
 from finetune.data.order import WindowSampler
 from finetune.data.pixels import Images
-from finetune.run.report import table
 from finetune.run.state import Length
+from finetune.run.table import table
 from finetune.training.compute import encoding_flops, has_bf16, with_prefix
 from finetune.training.optim import highest_rate
 from finetune.training.soundness import layout_dependent_layers
