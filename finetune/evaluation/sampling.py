@@ -15,7 +15,8 @@ from finetune.core.kind import Kind, predict
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
 from finetune.data.pixels import Pixels
-from finetune.evaluation.rounds import as_pixels, evaluating, pass_idly, rounds
+from finetune.evaluation.rounds import as_pixels, evaluating, rounds
+from finetune.training.trial_pass import pass_idly
 
 DEFAULT_ROWS = 10  # classes that are sampled where the config names none
 
