@@ -1,4 +1,4 @@
-"""Atomic file writes."""
+"""Writing to a disk safely: files that are complete or not there, room checked first, failures in one line."""
 
 import os
 import shutil
