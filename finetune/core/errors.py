@@ -32,6 +32,11 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def printable(name: str) -> str:
+    """A name from a disk or a dataset on one line, without control characters."""
+    return name if name.isprintable() else repr(name)
+
+
 def first_few(names: Iterable[str], most: int = 3) -> str:
     """The first few of some names, as a message lists them. Of an iterator no more are made than one beyond these."""
     first = [*islice(names, most + 1)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from finetune.core.errors import UserError, first_few
+from finetune.core.errors import UserError, first_few, printable
 from finetune.data.formats import PICTURES
 from finetune.data.thumbnails import SERVER, thumbnails
 
@@ -115,11 +115,6 @@ def by_kind(files: Iterable[str], named: bool = False) -> str:
 
 def _note(reason: str, files: Collection[str]) -> str:
     return f"left out {reason} ({len(files)}): {by_kind(files, named=True)}"
-
-
-def printable(name: str) -> str:
-    """A name from a disk or a dataset on one line, without control characters."""
-    return name if name.isprintable() else repr(name)
 
 
 def check_output(source: str, output_dir: str) -> None:

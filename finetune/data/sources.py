@@ -23,11 +23,11 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDER_NAME
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
-from finetune.core.errors import UserError
+from finetune.core.errors import UserError, printable
 from finetune.data.card import default_configuration
 from finetune.data.damage import check_files
 from finetune.data.fetching import fetch
-from finetune.data.listing import READERS, by_kind, check_output, list_folder, printable
+from finetune.data.listing import READERS, by_kind, check_output, list_folder
 from finetune.data.remote import is_url, list_shards
 from finetune.data.splits import missing_shards, split_notes, splits_of
 from finetune.data.tables import build, build_described, build_pictures, build_tables, naming

@@ -4,8 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from finetune.core.errors import first_few
-from finetune.data.listing import printable
+from finetune.core.errors import first_few, printable
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")

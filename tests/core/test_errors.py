@@ -2,7 +2,7 @@
 
 import pickle
 
-from finetune.core.errors import UserError, first_few, first_line, short
+from finetune.core.errors import UserError, first_few, first_line, printable, short
 
 
 def test_a_user_error_holds_one_problem_a_line_and_an_exit_code():
@@ -25,6 +25,10 @@ def test_a_value_is_quoted_as_yaml_has_it_and_cut_at_60_characters():
     assert [short(value) for value in (None, True, 0.5, "a b", [1, 2])] == ["null", "true", "0.5", "'a b'", "[1, 2]"]
     assert short("x" * 58) == "'" + "x" * 58 + "'"
     assert short("x" * 59) == "'" + "x" * 56 + "..."
+
+
+def test_a_name_with_control_characters_is_quoted():
+    assert (printable("été 1.png"), printable("a\n\x1b[31m.png")) == ("été 1.png", r"'a\n\x1b[31m.png'")
 
 
 def test_of_many_names_the_first_are_listed():
