@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, Strict
 from pydantic_core import PydanticCustomError
 
+from finetune.core.errors import short
+
 
 def _step_rules(text: str) -> str:
     """Check rules in diffusers' notation. diffusers sorts them by step, so it would misread any other order."""
@@ -39,12 +41,6 @@ def expanded(path: str) -> str:
     else:
         return result
     raise PydanticCustomError("path", "{problem}", {"problem": f"found {short(path)}; expected {expected}"})
-
-
-def short(value: Any) -> str:
-    """A value as a message quotes it, at most 60 characters."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 Flag = Annotated[bool, Field(description="true or false")]

@@ -19,9 +19,9 @@ from finetune.config.fields import (
     Path,
     Positive,
     Text,
-    short,
 )
 from finetune.config.section import Section
+from finetune.core.errors import short
 
 
 def duplicates(key: str, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:

@@ -10,10 +10,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from finetune.config import plain_yaml
-from finetune.config.fields import expanded, short
+from finetune.config.fields import expanded
 from finetune.config.schema import Config
 from finetune.config.section import Section
-from finetune.core.errors import UserError
+from finetune.core.errors import UserError, short
 
 COMMAND_LINE = "command line"
 

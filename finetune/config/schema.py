@@ -6,11 +6,12 @@ in which unit; docs/make_config.py makes docs/config.md of them.
 
 from collections.abc import Iterator
 
-from finetune.config.fields import Path, Seed, short
+from finetune.config.fields import Path, Seed
 from finetune.config.inputs import DataConfig, ModelConfig, duplicates
 from finetune.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, SamplesConfig, ValidationConfig
 from finetune.config.section import Section
 from finetune.config.updates import EMAConfig, LRSchedulerConfig, OptimizerConfig, TrainingConfig
+from finetune.core.errors import short
 
 
 class Config(Section):

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from finetune.config.fields import Betas, Count, Decay, Flag, Fraction, Natural, NonNegative, Positive, StepRules, short
+from finetune.config.fields import Betas, Count, Decay, Flag, Fraction, Natural, NonNegative, Positive, StepRules
 from finetune.config.section import Section
 from finetune.core.batch import uneven
+from finetune.core.errors import short
 
 
 class TrainingConfig(Section):

@@ -18,6 +18,10 @@ class BatchLayout:
     def global_batch_size(self) -> int:
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_processes
 
+    def micro_steps(self, num_images: int) -> int:
+        """Micro-steps that a window of so many images of one shape takes: N if it is full."""
+        return -(-num_images // (self.micro_batch_size * self.num_processes))
+
     def smaller(self) -> list["BatchLayout"]:
         """Layouts of the same global batch with this micro-batch and every smaller one, the largest first."""
         share = self.micro_batch_size * self.gradient_accumulation_steps

@@ -75,8 +75,8 @@ def deal_evenly(num_images: int, layout: BatchLayout) -> Dealing:
     padding, the window's first image.
     """
     micro, processes = layout.micro_batch_size, layout.num_processes
-    places = np.arange(num_images)
-    places = np.concatenate([places, np.zeros(-num_images % (micro * processes), dtype=np.int64)])
+    places = np.zeros(layout.micro_steps(num_images) * micro * processes, dtype=np.int64)
+    places[:num_images] = np.arange(num_images)
     runs = [
         MicroBatch(run, min(max(num_images - number * micro, 0), micro))
         for number, run in enumerate(places.reshape(-1, micro))

@@ -1,5 +1,7 @@
-"""Atomic file writes."""
+"""Writing to a disk safely: files complete or not there, room checked first, one writer, failures in one line."""
 
+import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -9,6 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from finetune.core.errors import UserError
+
+LARGER_CACHE = "or set HF_DATASETS_CACHE to a larger disk"  # the advice of `require_room` on the cache
 
 
 @contextmanager
@@ -66,6 +70,27 @@ def atomic(file: Path) -> Iterator[Path]:
             os.replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: str) -> Iterator[None]:
+    """Exclusive lock on a cache folder: another run that needs it waits, and finds it filled.
+
+    What begins with `tmp` in it is unfinished, and removed.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            _remove_partial(folder)  # of a killed run
+            yield
+        finally:
+            _remove_partial(folder)  # `datasets` leaves its file behind when the disk is full
+
+
+def _remove_partial(folder: str) -> None:
+    for unfinished in glob.glob(os.path.join(glob.escape(folder), "tmp*")):
+        os.remove(unfinished)
 
 
 def permit(files: Iterable[Path]) -> None:

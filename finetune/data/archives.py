@@ -14,12 +14,11 @@ import datasets
 from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
 from PIL import Image, UnidentifiedImageError
 
-from finetune.core.errors import UserError, first_line
+from finetune.core.errors import UserError, first_few, first_line
 from finetune.data.formats import FORMATS, PICTURES
 
 BLOCK = 512
 INTEGERS = {"cls", "cls2", "index", "inx", "id"}  # files that `datasets` reads as an integer
-EXAMPLES = 3  # files that an error names
 Row = tuple[str, str, list[str]]  # archive, name, extensions
 
 
@@ -152,4 +151,4 @@ def _refuse_lost_link(file: str, member: tarfile.TarInfo) -> None:
 
 
 def _named(files: list[str]) -> str:
-    return ", ".join(map(os.path.basename, files[:EXAMPLES])) + (", ..." if len(files) > EXAMPLES else "")
+    return first_few(map(os.path.basename, files))

@@ -3,13 +3,10 @@
 Cache path: HF_DATASETS_CACHE/pixels/<source and options>/<rows>.arrow
 """
 
-import fcntl
-import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,11 +14,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from finetune.core.files import exclusive
 from finetune.data.order import Indices
 from finetune.data.pixels import Encoded, Row
 
 PIECE = 4096  # pictures in a cache file; at most this many are decoded again after an interruption
-LARGER_CACHE = "or set HF_DATASETS_CACHE to a larger disk"
 BATCH_ROWS, BATCH_BYTES = 128, 2**25  # pictures and their pixels decoded between two writes
 
 
@@ -94,24 +91,6 @@ def _current(
         if getattr(error, "errno", None) is not None:  # the disk fails, not the file
             raise
     return convert(load_from_cache_file=False)
-
-
-@contextmanager
-def exclusive(folder: str) -> Iterator[None]:
-    """Exclusive lock on a cache folder: another run that needs it waits, and finds it filled."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        try:
-            _remove_partial(folder)  # of a killed run
-            yield
-        finally:
-            _remove_partial(folder)  # `map` leaves its file behind when the disk is full
-
-
-def _remove_partial(folder: str) -> None:
-    for unfinished in glob.glob(os.path.join(glob.escape(folder), "tmp*")):
-        os.remove(unfinished)
 
 
 def _hash(data: bytes) -> str:

@@ -9,9 +9,9 @@ import datasets
 import pyarrow.compute as pc
 
 from finetune.config.inputs import DataConfig
-from finetune.core.errors import UserError
+from finetune.core.errors import UserError, printable
 from finetune.data.captions import Captions
-from finetune.data.listing import CAPTIONS, printable
+from finetune.data.listing import CAPTIONS
 from finetune.data.order import Indices
 from finetune.data.selection import Selection
 from finetune.data.sources import Source

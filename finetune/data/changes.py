@@ -7,9 +7,9 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
+from finetune.core.errors import first_few
 from finetune.core.kind import ImageFormat
 from finetune.core.shapes import Shape, cropped, enlarged
-from finetune.data.listing import EXAMPLES
 from finetune.data.order import Indices
 
 NAMED = 10  # pictures that lose more than half of themselves
@@ -64,7 +64,7 @@ def first_frames(table: datasets.Dataset, rows: Indices, name: Callable[[int], s
     several = rows[_column(table, rows, "original_several")]
     if not len(several):
         return []
-    named = ", ".join(map(name, several[:EXAMPLES].tolist())) + (", ..." if len(several) > EXAMPLES else "")
+    named = first_few(map(name, several.tolist()))
     return [f"only the first of several frames or pages: {len(several)} of {len(rows)} pictures ({named})"]
 
 

@@ -7,9 +7,7 @@ animated), the result is uint8 and looks as a viewer shows it. A picture that ca
 import io
 import logging
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -54,14 +52,6 @@ def check_format(channels: int, background: str) -> None:
         raise UserError(
             f"data.background: found {background!r}; expected a colour such as white, '#ff8000' or 'rgb(255, 128, 0)'"
         )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Ignore PIL's warnings: large pictures that it still allows, odd metadata. Not thread-safe: enter it outside."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\b")
-        yield
 
 
 class Decoded(NamedTuple):

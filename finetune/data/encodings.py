@@ -16,10 +16,9 @@ from accelerate import Accelerator
 
 from finetune.core.distributed import all_agree, together
 from finetune.core.errors import UserError
-from finetune.core.files import require_room
+from finetune.core.files import LARGER_CACHE, require_room
 from finetune.core.kind import Encoders
 from finetune.core.shapes import Shape
-from finetune.data.cache import LARGER_CACHE
 from finetune.data.pieces import Piece, find_share, make_pieces, pieces_of
 from finetune.data.pixels import Images, Pixels
 from finetune.data.store import Store, key

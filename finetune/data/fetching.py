@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from finetune.core.distributed import on_main_process, together
 from finetune.core.errors import UserError
-from finetune.core.files import require_room
+from finetune.core.files import LARGER_CACHE, exclusive, require_room
 from finetune.core.groups import processes
-from finetune.data.cache import LARGER_CACHE, exclusive
 from finetune.data.remote import Shard, connected, is_url, list_shards, named, reaching, state
 
 STREAMS = 4  # shards that a process fetches at a time

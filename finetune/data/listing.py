@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from finetune.core.errors import UserError
+from finetune.core.errors import UserError, first_few, printable
 from finetune.data.formats import PICTURES
 from finetune.data.thumbnails import SERVER, thumbnails
 
@@ -26,7 +26,6 @@ RUN_FILES = {"config.yaml", "metrics.jsonl"}  # a folder with both is a run's ou
 RUN_OUTPUT = re.compile(r"samples|pipeline|lora|tensorboard|checkpoint-.*|loss_curve\.png|" + "|".join(RUN_FILES))
 OTHER = "other files"  # the reason to leave out what nothing here reads
 CAPTIONS = ".txt", ".TXT"  # extensions of texts beside pictures
-EXAMPLES = 3  # names that a note gives for a kind of file
 
 
 @dataclass
@@ -103,25 +102,19 @@ def list_folder(path: str, output_dir: str | None = None, captioned: bool = Fals
     return Listing({reader: sorted(files) for reader, files in found.items()}, metadata, notes)
 
 
-def by_kind(files: Iterable[str], examples: int = 0) -> str:
+def by_kind(files: Iterable[str], named: bool = False) -> str:
     """Files counted by extension, the most frequent first: `5 .avif, 3 .jpg`, with some names of each if asked for."""
     kinds: dict[str, list[str]] = {}
     for file in files:
         kinds.setdefault(_extension(file) or "without extension", []).append(file)
     parts = []
     for kind, names in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
-        named = ", ".join(map(printable, sorted(names)[:examples])) + (", ..." if len(names) > examples else "")
-        parts.append(f"{len(names)} {kind}" + (f" ({named})" if examples else ""))
+        parts.append(f"{len(names)} {kind}" + (f" ({first_few(map(printable, sorted(names)))})" if named else ""))
     return ", ".join(parts)
 
 
 def _note(reason: str, files: Collection[str]) -> str:
-    return f"left out {reason} ({len(files)}): {by_kind(files, EXAMPLES)}"
-
-
-def printable(name: str) -> str:
-    """A name from a disk or a dataset on one line, without control characters."""
-    return name if name.isprintable() else repr(name)
+    return f"left out {reason} ({len(files)}): {by_kind(files, named=True)}"
 
 
 def check_output(source: str, output_dir: str) -> None:

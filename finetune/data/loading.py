@@ -18,7 +18,7 @@ from finetune.data.cache import decoded
 from finetune.data.caption_sources import read_captions
 from finetune.data.changes import changes_to_shapes, changes_to_squares, first_frames
 from finetune.data.damage import is_pointer
-from finetune.data.decode import check_format, decode_to_shape, quiet
+from finetune.data.decode import check_format, decode_to_shape
 from finetune.data.fetching import fetch_together
 from finetune.data.order import held_out
 from finetune.data.pixels import (
@@ -32,7 +32,7 @@ from finetune.data.pixels import (
     shaped_row,
 )
 from finetune.data.selection import Selection, check_held_out, select
-from finetune.data.sources import Source, explained, open_source
+from finetune.data.sources import Source, explained, open_source, quiet
 
 LISTED = 20  # bad images that an error or the plan names
 

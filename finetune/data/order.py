@@ -137,10 +137,10 @@ class WindowSampler:
 
     def __len__(self) -> int:
         if self.shapes is None:
-            stride = self.layout.micro_batch_size * self.layout.num_processes
             remaining = self._remaining()  # all but the last take N micro-steps
             full = max(len(remaining) - 1, 0) * self.layout.gradient_accumulation_steps
             last = len(self._positions(remaining[-1])) if remaining else 0
-            return (full + -(-last // stride)) * self.layout.num_processes
-        steps = sum(self.dealing(self.epoch, window).micro_steps for window in self._remaining())
+            steps = full + self.layout.micro_steps(last)
+        else:
+            steps = sum(self.dealing(self.epoch, window).micro_steps for window in self._remaining())
         return steps * self.layout.num_processes

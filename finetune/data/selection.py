@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 from finetune.config.inputs import DataConfig
-from finetune.core.errors import UserError
+from finetune.core.errors import UserError, first_few
 
 LABEL_TYPES = re.compile(r"u?int\d+|bool|(large_)?string(_view)?")
 Range = tuple[str, int, int]  # rows of a split: its name, the first, and the one after the last
@@ -157,7 +157,7 @@ def _wanted(
     """The stored numbers of the labels to keep. A class is given by its name, or by its number if no name is that."""
     present = [int(label) for label in np.unique(labels) if label >= 0 or names is None]
     known = {names[label] if names else str(label): label for label in present}
-    listed = ", ".join([*known][:20]) + (", ..." if len(known) > 20 else "")
+    listed = first_few(known, most=20)
     if isinstance(dataset.features[config.label_column or "label"], datasets.ClassLabel):
         known = {str(label): label for label in present} | known
     if unknown := [label for label in chosen if str(label) not in known]:

@@ -10,6 +10,7 @@ import glob
 import io
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +23,11 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDER_NAME
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
-from finetune.core.errors import UserError
+from finetune.core.errors import UserError, printable
 from finetune.data.card import default_configuration
 from finetune.data.damage import check_files
 from finetune.data.fetching import fetch
-from finetune.data.listing import READERS, by_kind, check_output, list_folder, printable
+from finetune.data.listing import READERS, by_kind, check_output, list_folder
 from finetune.data.remote import is_url, list_shards
 from finetune.data.splits import missing_shards, split_notes, splits_of
 from finetune.data.tables import build, build_described, build_pictures, build_tables, naming
@@ -63,7 +64,7 @@ def open_source(source: str, output_dir: str | None = None, captioned: bool = Fa
     Raises:
         UserError: it cannot be opened, or `output_dir` is among its files; one line.
     """
-    with explained(source):
+    with explained(source), quiet():  # files that may be thumbnails are compared as pictures
         return _open(source, output_dir, captioned)
 
 
@@ -82,6 +83,14 @@ def explained(source: str) -> Iterator[None]:
         raise UserError(f"data.source: {source}: {_explanation(error)}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore PIL's warnings: large pictures that it still allows, odd metadata. Not thread-safe: enter it outside."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        yield
 
 
 def _explanation(error: BaseException) -> str:

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from finetune.data.listing import EXAMPLES, printable
+from finetune.core.errors import first_few, printable
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -51,7 +51,7 @@ def split_notes(files: Sequence[str], splits: Iterable[str]) -> list[str]:
     folders = {folder for file in files for folder in file.split(os.sep)[:-1] if _split_in(folder)}
     if len({_split_in(folder) for folder in folders}) < 2:
         return []
-    named = ", ".join(map(printable, sorted(folders)[:EXAMPLES])) + (", ..." if len(folders) > EXAMPLES else "")
+    named = first_few(map(printable, sorted(folders)))
     return [f"not taken for splits, as not every picture is in one at the same depth: folders named {named}"]
 
 

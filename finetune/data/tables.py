@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.table import table_cast
 
-from finetune.core.errors import UserError
+from finetune.core.errors import UserError, first_few
 from finetune.data.archives import check_archives
 from finetune.data.damage import broken_table, check_files, check_metadata
-from finetune.data.listing import EXAMPLES, by_kind
+from finetune.data.listing import by_kind
 from finetune.data.metadata import read_metadata
 from finetune.data.schemas import check_schemas, named_classes, with_classes, with_rows
 from finetune.data.splits import split_depth
@@ -72,7 +72,7 @@ def build_tables(
                 options["features"] = datasets.Features({name: features[name] for name in names})
         tables = build(reader, data_files=patterns, **options)
         if reader == "webdataset" and classes:
-            where = ", ".join(map(os.path.basename, paths[:EXAMPLES]))
+            where = first_few(map(os.path.basename, paths))
             tables = {split: named_classes(table, classes, where) for split, table in tables.items()}
         return tables
     except UserError:
@@ -152,7 +152,7 @@ def _described(path: str, metadata: list[str], classes: Classes) -> datasets.Dat
         with open(os.path.join(path, file), "rb") as opened:
             identity.update(opened.read())
     read = datasets.Dataset(table_cast(table, features.arrow_schema), fingerprint=identity.hexdigest())
-    return named_classes(read, classes, ", ".join(metadata[:EXAMPLES]))
+    return named_classes(read, classes, first_few(metadata))
 
 
 def naming(path: str, files: list[str], tables: dict[str, datasets.Dataset]) -> list[str]:
@@ -169,9 +169,9 @@ def naming(path: str, files: list[str], tables: dict[str, datasets.Dataset]) -> 
     notes = []
     if missing:
         count = f"{len(missing)} of {len(files)} pictures"
-        notes.append(f"left out {count}, which no metadata file names: {by_kind(missing, EXAMPLES)}")
+        notes.append(f"left out {count}, which no metadata file names: {by_kind(missing, named=True)}")
     if twice:
-        notes.append(f"named by several rows, each of which is an image: {by_kind(twice, EXAMPLES)}")
+        notes.append(f"named by several rows, each of which is an image: {by_kind(twice, named=True)}")
     return notes
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from finetune.data.decode import quiet
 from finetune.data.formats import FORMATS
 
 SERVER = re.compile(r"syno(photo|file|video|index)_(thumb|screenshot|media_info|film).*", re.IGNORECASE)  # Synology
@@ -34,8 +33,7 @@ def thumbnails(path: str, files: Iterable[str]) -> set[str]:
     for file in files:
         by_stem.setdefault(_stem(file).lower(), []).append(file)
     is_copy = partial(_is_copy, path)
-    with quiet():
-        return {file for file in files if any(is_copy(file, other) for other in _originals(file, by_stem))}
+    return {file for file in files if any(is_copy(file, other) for other in _originals(file, by_stem))}
 
 
 def _originals(file: str, by_stem: dict[str, list[str]]) -> list[str]:

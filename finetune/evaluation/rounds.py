@@ -10,10 +10,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
-from finetune.core.kind import Kind
-from finetune.core.sharding import is_sharded
 from finetune.data.pixels import Pixels
-from finetune.training.trial_pass import forward
 
 CHUNK = 8
 
@@ -37,12 +34,6 @@ def chunks(count: int, groups: Sequence[Hashable] | None = None) -> list[list[in
     for index in range(count):
         members.setdefault(groups[index] if groups else None, []).append(index)
     return [group[start : start + CHUNK] for group in members.values() for start in range(0, len(group), CHUNK)]
-
-
-def pass_idly(kind: Kind) -> None:
-    """Take part in a round without a chunk of one's own: a sharded network needs every process in each forward pass."""
-    if is_sharded(kind.network):
-        forward(kind, 1)
 
 
 @contextmanager

@@ -8,15 +8,15 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from finetune.config.fields import short
 from finetune.config.outputs import SamplesConfig
-from finetune.core.errors import UserError, first_line
+from finetune.core.errors import UserError, first_line, short
 from finetune.core.groups import summed
 from finetune.core.kind import Embed, Kind, predict
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
 from finetune.data.pixels import Pixels
-from finetune.evaluation.rounds import as_pixels, evaluating, pass_idly, rounds
+from finetune.evaluation.rounds import as_pixels, evaluating, rounds
+from finetune.training.trial_pass import pass_idly
 
 DEFAULT_ROWS = 10  # classes that are sampled where the config names none
 

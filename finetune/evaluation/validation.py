@@ -13,8 +13,9 @@ from finetune.core.kind import Batch, Kind, predict
 from finetune.core.randomness import noise
 from finetune.data.batches import Batches
 from finetune.data.pixels import Pixels
-from finetune.evaluation.rounds import CHUNK, as_pixels, evaluating, pass_idly, rounds
+from finetune.evaluation.rounds import CHUNK, as_pixels, evaluating, rounds
 from finetune.training.objective import loss_per_image, predicted_images
+from finetune.training.trial_pass import pass_idly
 
 
 class Prediction(NamedTuple):

@@ -14,8 +14,8 @@ from finetune.core.sharding import held_bytes
 from finetune.data.encodings import RequiredEncodings
 from finetune.data.order import WindowSampler
 from finetune.data.pixels import Images
-from finetune.run.report import table
 from finetune.run.state import Length
+from finetune.run.table import table
 from finetune.training.compute import encoding_flops, has_bf16, with_prefix
 from finetune.training.optim import highest_rate
 from finetune.training.soundness import layout_dependent_layers
@@ -120,7 +120,7 @@ def shapes_note(images: Mapping[Shape, int], sampler: WindowSampler) -> str | No
     windows = range(min(windows_per_epoch(count, layout.global_batch_size), _WINDOWS_COUNTED))
     steps = [sampler.dealing(0, window).micro_steps for window in windows]
     sizes = [len(window_range(window, count, layout.global_batch_size)) for window in windows]
-    alone = [-(-size // (layout.micro_batch_size * layout.num_processes)) for size in sizes]
+    alone = [layout.micro_steps(size) for size in sizes]
     counts = ", ".join(f"{number} of {shape}" for shape, number in images.items())
     mean = f"{np.mean(steps):.2f} micro-steps per update on average, {np.mean(alone):.2f} if all had one shape"
     return f"{counts}\n{mean}"

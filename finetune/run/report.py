@@ -19,17 +19,6 @@ from finetune.run.board import Board
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal for a bar
 
 
-def table(title: str, rows: dict[str, str]) -> str:
-    """Two columns for the console; a value may have several lines."""
-    width = max(map(len, rows))
-    cells = [
-        (name if number == 0 else "", line)
-        for name, value in rows.items()
-        for number, line in enumerate(value.split("\n"))
-    ]
-    return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in cells)])
-
-
 class History:
     """`metrics.jsonl`: a line per logged update, appended as it happens, cut back to the checkpoint on resume."""
 

@@ -25,9 +25,10 @@ from finetune.run import checkpoint, shards
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.evaluator import Evaluator
 from finetune.run.folder import Lock
-from finetune.run.report import Report, table
+from finetune.run.report import Report
 from finetune.run.state import Length, RunState
 from finetune.run.summary import curves_folder, model_card, results
+from finetune.run.table import table
 from finetune.training.metrics import Meters, Stopwatch
 from finetune.training.window import Window, WindowResult
 

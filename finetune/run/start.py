@@ -26,7 +26,7 @@ from finetune.run.folder import Lock, require_shared
 from finetune.run.report import Report
 from finetune.run.run import Run
 from finetune.run.starting_point import Start
-from finetune.run.state import Length, RunState, differences
+from finetune.run.state import Change, Length, RunState, differences
 from finetune.run.summary import hyperparameters
 from finetune.training.metrics import Meters
 
@@ -114,7 +114,7 @@ def _restore(
     kind: Kind,
     optimizer: torch.optim.Optimizer,
     ema: EMAModel | None,
-) -> tuple[RunState, Meters, list[str]]:
+) -> tuple[RunState, Meters, list[Change]]:
     """Load a checkpoint into network, optimizer and average.
 
     Returns:

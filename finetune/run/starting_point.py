@@ -16,7 +16,7 @@ from finetune.core.kind import Kind
 from finetune.run import checkpoint
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.folder import check_folder
-from finetune.run.state import Length, RunState, differences, identity
+from finetune.run.state import Change, Length, RunState, differences, identity
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def find_start(
 
 def _other_files(expected: dict[str, Any], found: dict[str, Any], there: str, here: str) -> str | None:
     """Why a host's files make another run of the same config, if they do."""
-    changed = [phrase.partition(":")[0] for phrase in differences(expected, found)]
+    changed = [change.key for change in differences(expected, found)]
     if not changed:
         return None
     return (
@@ -88,7 +88,7 @@ def _check_same_run(folder: Path, own_identity: dict[str, Any], length: Length) 
         saved["identity"]["data"].setdefault("order", "full")  # of checkpoints from before there was another
         if changed := differences(saved["identity"], own_identity):
             raise UserError(
-                *(f"{folder} is of another run: {phrase}{_meaning(phrase)}" for phrase in changed),
+                *(f"{folder} is of another run: {change}{_meaning(change)}" for change in changed),
                 "set another output_dir to start a new run, or the former values to resume this one",
             )
         step = RunState(**saved["state"]).step
@@ -101,9 +101,9 @@ def _check_same_run(folder: Path, own_identity: dict[str, Any], length: Length) 
     return step
 
 
-def _meaning(change: str) -> str:
+def _meaning(change: Change) -> str:
     """Of a changed hash what it is of."""
-    if not change.startswith("data.fingerprint:"):
+    if change.key != "data.fingerprint":
         return ""
     return (
         " (images were added, removed, changed or put in another order by their names, or other settings of data "

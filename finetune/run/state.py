@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.config.schema import Config
 from finetune.core.batch import window_range, windows_per_epoch
@@ -90,13 +90,24 @@ def identity(config: Config, data_fingerprint: str, kind: Kind, global_batch_siz
     return json.loads(json.dumps(settings | kind.identity()))
 
 
-def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """How two nested mappings differ, one phrase a key: `optimizer.eps: 1e-08 in the checkpoint, 1e-06 now`."""
+class Change(NamedTuple):
+    """A setting that is another than in a checkpoint; as text `optimizer.eps: 1e-08 in the checkpoint, 1e-06 now`."""
+
+    key: str  # with those that lead to it, as in `optimizer.eps`
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r} in the checkpoint, {self.now!r} now"
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[Change]:
+    """How two nested mappings differ; a key that one of them lacks has the value None there."""
     found = []
     for key in dict.fromkeys([*saved, *current]):
         before, now = saved.get(key), current.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            found += [f"{key}.{phrase}" for phrase in differences(before, now)]
+            found += [change._replace(key=f"{key}.{change.key}") for change in differences(before, now)]
         elif before != now:
-            found.append(f"{key}: {before!r} in the checkpoint, {now!r} now")
+            found.append(Change(key, before, now))
     return found

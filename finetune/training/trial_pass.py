@@ -1,4 +1,4 @@
-"""A pass of blank images through the network that leaves it as it was, and what autograd keeps of it."""
+"""Passes of blank images through the network: to measure what they take, or because other processes make a pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +20,12 @@ def forward(kind: Kind, count: int) -> torch.Tensor:
     clean, conditions = inputs(kind, count)
     timesteps = torch.zeros(count, dtype=torch.long, device=clean.device)
     return predict(kind.network, clean, timesteps, conditions)
+
+
+def pass_idly(kind: Kind) -> None:
+    """Go through the network with nothing to compute: a sharded one needs every process in each forward pass."""
+    if is_sharded(kind.network):
+        forward(kind, 1)
 
 
 @contextmanager

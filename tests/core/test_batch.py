@@ -78,3 +78,8 @@ def test_smaller_layouts_keep_the_global_batch(micro, steps, processes):
     sizes = [layout.micro_batch_size for layout in layouts]
     assert sizes == [size for size in divisors(micro * steps) if size <= micro]
     assert {layout.global_batch_size for layout in layouts} == {micro * steps * processes}
+
+
+def test_a_window_takes_as_few_micro_steps_as_hold_it():
+    layout = BatchLayout(2, 3, 4)  # 2 x 4 = 8 images a micro-step, 24 in a full window
+    assert [layout.micro_steps(images) for images in (0, 1, 8, 9, 24)] == [0, 1, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""Atomic writes: a file is replaced completely or not at all, and only where there is room."""
+"""Safe writes: a file is replaced completely or not at all, only where there is room, for all who may read it."""
 
 import os
 import stat

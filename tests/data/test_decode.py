@@ -15,8 +15,9 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 from finetune.core.errors import UserError
 from finetune.data import decode as decoding
 from finetune.data import loading
-from finetune.data.decode import check_format, decode, quiet
+from finetune.data.decode import check_format, decode
 from finetune.data.pixels import BadImageError
+from finetune.data.sources import quiet
 from harness.originals import original
 
 

@@ -107,7 +107,7 @@ def test_every_file_is_found_or_counted_as_left_out(tmp_path_factory, names, fol
 
 def test_kinds_are_counted_and_named():
     assert by_kind(["b.png", "a.PNG", "x", "c.jpg"]) == "2 .png, 1 .jpg, 1 without extension"
-    assert by_kind(["b.png", "a.PNG", "c.png"], examples=2) == "3 .png (a.PNG, b.png, ...)"
+    assert by_kind(["b.png", "a.PNG", "d.png", "c.png"], named=True) == "4 .png (a.PNG, b.png, c.png, ...)"
 
 
 def test_avif_pictures_are_decoded(tmp_path):

@@ -5,16 +5,15 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.run.state import Length, RunState, differences
+from finetune.run.state import Change, Length, RunState, differences
 
 
 def test_differences_are_named_by_their_path():
     saved = {"seed": 0, "data": {"crop": "center", "flip": False}, "gone": 1}
     current = {"seed": 0, "data": {"crop": "random", "flip": False}}
-    assert differences(saved, current) == [
-        "data.crop: 'center' in the checkpoint, 'random' now",
-        "gone: 1 in the checkpoint, None now",
-    ]
+    found = differences(saved, current)
+    assert found == [Change("data.crop", "center", "random"), Change("gone", 1, None)]
+    assert str(found[0]) == "data.crop: 'center' in the checkpoint, 'random' now"
     assert differences(saved, json.loads(json.dumps(saved))) == []
 
 

@@ -14,7 +14,6 @@ from finetune.config.inputs import ModelConfig
 from finetune.config.schema import Config
 from finetune.models.hub import save_export
 from finetune.models.load import load_kind
-from finetune.run.report import table
 from finetune.run.state import Length
 from finetune.run.summary import curves_folder, hyperparameters, model_card, results
 from harness.compare import unequal
@@ -25,10 +24,6 @@ KIND = load_kind(ModelConfig(unet=UNET), None, 0)
 
 def config_of(**changes) -> Config:
     return Config.model_validate(tiny_config(Path("pictures"), Path("run"), **changes))
-
-
-def test_a_table_indents_the_further_lines_of_a_value():
-    assert table("Title", {"a": "1", "name": "2\n3"}) == "Title\n  a     1\n  name  2\n        3"
 
 
 @given(st.integers(1, 100_000))
