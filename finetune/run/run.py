@@ -1,6 +1,5 @@
 """A training run: its state, and what happens after each of its updates and at its end."""
 
-import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from finetune.run.evaluator import Evaluator
 from finetune.run.folder import Lock
 from finetune.run.report import Report, table
 from finetune.run.state import Length, RunState
-from finetune.run.summary import curves_folder, model_card, results
+from finetune.run.summary import model_card, outputs, results
 from finetune.training.metrics import Meters, Stopwatch
 from finetune.training.window import Window, WindowResult
 
@@ -206,10 +205,7 @@ class Run:
         hub.save_export(self.kind.save, folder, card, shown)
         if self.config.export.push_to_hub is not None:
             rows["uploaded to"] = hub.push(folder, self.config.export.push_to_hub)
-        written = [self.output_dir / name for name in (folder.name, "samples", "loss_curve.png")]
-        rows |= {path.name: str(path) for path in written if path.exists()}  # no samples with samples.count=0
-        rows |= {"curves": f"tensorboard --logdir {shlex.quote(str(curves_folder(self.output_dir)))}"}
-        rows |= {"to train longer": f"run again with a training.max_train_steps above {self.length.total_steps}"}
+        rows |= outputs(self.output_dir, self.kind.export_name, self.length.total_steps)
         self.report.say(table(f"Finished: {self.output_dir}", rows))
         if advice := self.meters.noise_scale.advice(self.config, self.sampler.layout, self.length.num_images):
             self.report.say(advice)
