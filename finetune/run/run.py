@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from finetune.config.schema import Config
-from finetune.core.distributed import wait_for_all
+from finetune.core.distributed import together
 from finetune.core.kind import Kind
 from finetune.core.sharding import gathered, is_sharded
 from finetune.core.stopping import StopRequest, prevent_restart
@@ -181,16 +181,22 @@ class Run:
 
         Args:
             flops: of one image, forward and backward.
+
+        Raises:
+            UserError: on all processes, if the main one could not write the export or upload it.
         """
         self.save()
         main, spread = self.accelerator.is_main_process, is_sharded(self.kind.network)
         if spread:
             self.optimizer.state.clear()  # is saved, and needed no more: makes room for the whole network
-        if main or spread:
-            with averaged_weights(self.kind.trainable().values(), self.ema), gathered(self.kind, on_this=main):
-                if main:
-                    self._export(flops)
-        wait_for_all()
+
+        def export() -> None:
+            if main or spread:
+                with averaged_weights(self.kind.trainable().values(), self.ema), gathered(self.kind, on_this=main):
+                    if main:
+                        self._export(flops)
+
+        together(export)
         self.report.close()
         return 0
 
