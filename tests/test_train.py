@@ -141,7 +141,10 @@ def test_training_lowers_the_validation_loss_of_every_objective(pictures, tmp_pa
         data__validation_fraction=0.1,
         validation__images=32,
     )
-    finish("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path)
+    done = finish("--config", write_config(tmp_path / "config.yaml", config), folder=tmp_path)
+    named = [line.split()[0] for line in done.stdout.split("Finished: ")[1].splitlines()[1:]]
+    assert "pipeline" in named
+    assert "samples" not in named  # samples.count is 0
     validation = logged(tmp_path / "run", "validation/loss")
     assert len(validation) == 2  # before the first update and after the last
     assert validation[-1] < 0.95 * validation[0]

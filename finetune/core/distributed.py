@@ -104,11 +104,6 @@ def all_agree(answer: bool) -> bool:
     return all(gathered(answer))
 
 
-def wait_for_all() -> None:
-    """Wait until every process is here."""
-    gathered(None)
-
-
 def leave_processes() -> None:
     """Destroy the process group, after the run's objects are gone.
 

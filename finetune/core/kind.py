@@ -181,6 +181,10 @@ class Kind(Protocol):
         """
         ...
 
+    def export_bytes(self) -> int:
+        """Bytes that `save` writes, at most: known before the training, for the check of the disk."""
+        ...
+
     def usage(self, inference_steps: int, prompt: str) -> str:
         """How the export is used, in Markdown, for its model card; the prompt is for a model of captions."""
         ...

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from finetune.core.errors import UserError, first_line
-from finetune.models.hub import is_loaded, read_json, variant
+from finetune.models.hub import file_bytes, is_loaded, read_json, variant
 from finetune.models.untrusted import check_plain
 
 PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
@@ -155,13 +155,31 @@ class Folder:
             )
         return tokenizer
 
+    def saved_bytes(self, part: str) -> int:
+        """Bytes of a component's weights when they are saved as `load` gives them by default, in float32.
+
+        By its config: its file may be of half precision, or a .bin.
+        """
+        network_class = NETWORKS[part]
+        with torch.device("meta"), without_warnings():
+            if issubclass(network_class, ModelMixin):
+                network: Any = network_class.from_config(self.config(part))
+            else:
+                network = network_class(network_class.config_class.from_pretrained(self.path / part))
+        return file_bytes(weight.float() for weight in network.parameters())
+
+    @property
+    def checkers(self) -> list[str]:
+        """The network that looks for unsafe pictures, where the pipeline comes with all that this takes."""
+        return ["safety_checker"] if self.has("safety_checker") and self.has("feature_extractor") else []
+
     def load_checker(self) -> dict[str, Any]:
         """The components that look for unsafe pictures, by name; none if the pipeline comes without them.
 
         Raises:
             UserError: if they cannot be loaded safely.
         """
-        if not (self.has("safety_checker") and self.has("feature_extractor")):
+        if not self.checkers:
             return {}
         extractor = _of_clip(CLIPImageProcessor, self.path / "feature_extractor", "feature extractor")
         return {"safety_checker": self.load("safety_checker"), "feature_extractor": extractor}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import (
     create_repo,
@@ -25,6 +26,9 @@ from finetune.core.errors import UserError, first_line
 from finetune.core.files import permit, writing
 
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model|pytorch_model)(\.\w+)??(-\d+-of-\d+)?\.(safetensors|bin)")
+
+DESCRIPTIONS = 2**20  # bytes to allow for the small files of an export: configs, names of classes, the model card
+_HEADER = 256  # bytes at most that a safetensors file says of a tensor: name, type, shape and place
 
 
 def variant(folder: Path) -> str | None:
@@ -138,6 +142,11 @@ def write_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.save_pretrained(folder)
     _add_pipeline_code(pipeline, folder)
     _forget_origin(folder)
+
+
+def file_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes that tensors take in a file, at most; of a sharded one all of it."""
+    return sum(tensor.numel() * tensor.element_size() + _HEADER for tensor in tensors)
 
 
 def _add_pipeline_code(pipeline: DiffusionPipeline, folder: Path) -> None:

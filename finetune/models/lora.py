@@ -19,6 +19,7 @@ from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Arguments
 from finetune.core.randomness import key
 from finetune.models import lora_files
+from finetune.models.hub import DESCRIPTIONS, file_bytes
 from finetune.models.stable_diffusion import StableDiffusion, quoted
 from finetune.models.unet import fewest_pixels
 
@@ -78,6 +79,12 @@ class LoRA(StableDiffusion):
         """
         lora_files.write(folder, self.folder, self.network, alpha_of(self.options))
         lora_files.verify(folder, self.folder, self.network, *self._probe())
+
+    def export_bytes(self) -> int:
+        """Bytes that `save` writes, at most: the adapters twice, and in kohya's file an alpha for each two weights."""
+        adapters = [*self.trainable().values()]
+        alphas = [torch.empty(())] * (len(adapters) // 2)
+        return file_bytes([*adapters, *adapters, *alphas]) + DESCRIPTIONS
 
     def _probe(self) -> tuple[torch.Tensor, Arguments]:
         """Inputs on which two networks are compared, of the fewest latents that the UNet can halve."""

@@ -13,7 +13,7 @@ from finetune.core.shapes import Shape
 from finetune.models.checks import check_forward
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders, bare_pipeline
-from finetune.models.hub import write_pipeline
+from finetune.models.hub import DESCRIPTIONS, file_bytes, write_pipeline
 from finetune.models.unet import blocks, settings_of, without_weights
 
 USAGE = """\
@@ -151,6 +151,12 @@ class StableDiffusion:
     def save(self, folder: Path) -> None:
         """Write the pipeline of the present weights into a folder."""
         write_pipeline(self.pipeline(), folder)
+
+    def export_bytes(self) -> int:
+        """Bytes that `save` writes, at most: the UNet, and all components that it came with in float32."""
+        parts = sum(map(self.folder.saved_bytes, ("vae", *self.folder.text_encoders, *self.folder.checkers)))
+        vocabularies = sum(len(each.backend_tokenizer.to_str(True).encode()) for each in self._encoders.tokenizers)
+        return file_bytes(self.network.parameters()) + parts + vocabularies + DESCRIPTIONS
 
     def usage(self, inference_steps: int, prompt: str) -> str:
         """How the exported pipeline is called, in Markdown."""

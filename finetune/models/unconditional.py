@@ -11,7 +11,7 @@ from finetune.config.inputs import ModelConfig
 from finetune.core.kind import Arguments, Batch, Embed, Encoders, ImageFormat
 from finetune.core.shapes import Shape
 from finetune.models.checks import check_finite, check_forward, check_settings
-from finetune.models.hub import variant, write_pipeline
+from finetune.models.hub import DESCRIPTIONS, file_bytes, variant, write_pipeline
 from finetune.models.noise_schedulers import build_noise_scheduler
 from finetune.models.unet import (
     blocks,
@@ -116,6 +116,10 @@ class Unconditional:
     def save(self, folder: Path) -> None:
         """Write the pipeline of the present weights into a folder."""
         write_pipeline(self.pipeline(), folder)
+
+    def export_bytes(self) -> int:
+        """Bytes that `save` writes, at most."""
+        return file_bytes(self.network.parameters()) + DESCRIPTIONS
 
     def usage(self, inference_steps: int, prompt: str) -> str:
         """How the exported pipeline is called, in Markdown."""

@@ -17,6 +17,7 @@ from finetune.data.pixels import Images
 from finetune.run.state import Length
 from finetune.run.table import table
 from finetune.training.compute import encoding_flops, has_bf16, with_prefix
+from finetune.training.memory import state_parts
 from finetune.training.optim import highest_rate
 from finetune.training.soundness import layout_dependent_layers
 
@@ -109,7 +110,7 @@ def _shares(config: Config, layout: BatchLayout) -> str:
         return ""
     if layout.num_processes == 1:
         return "; training.shard has no effect with one process"
-    return f"; each process holds 1/{layout.num_processes} of weights, gradients, optimizer state and EMA weights"
+    return f"; each process holds 1/{layout.num_processes} of {state_parts(config.ema.enabled)}"
 
 
 def shapes_note(images: Mapping[Shape, int], sampler: WindowSampler) -> str | None:

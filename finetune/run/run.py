@@ -1,6 +1,5 @@
 """A training run: its state, and what happens after each of its updates and at its end."""
 
-import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from finetune.config.schema import Config
-from finetune.core.distributed import wait_for_all
+from finetune.core.distributed import together
 from finetune.core.kind import Kind
 from finetune.core.sharding import gathered, is_sharded
 from finetune.core.stopping import StopRequest, prevent_restart
@@ -27,7 +26,7 @@ from finetune.run.evaluator import Evaluator
 from finetune.run.folder import Lock
 from finetune.run.report import Report
 from finetune.run.state import Length, RunState
-from finetune.run.summary import curves_folder, model_card, results
+from finetune.run.summary import model_card, outputs, results
 from finetune.run.table import table
 from finetune.training.metrics import Meters, Stopwatch
 from finetune.training.window import Window, WindowResult
@@ -184,16 +183,22 @@ class Run:
 
         Args:
             flops: of one image, forward and backward.
+
+        Raises:
+            UserError: on all processes, if the main one could not write the export or upload it.
         """
         self.save()
         main, spread = self.accelerator.is_main_process, is_sharded(self.kind.network)
         if spread:
             self.optimizer.state.clear()  # is saved, and needed no more: makes room for the whole network
-        if main or spread:
-            with averaged_weights(self.kind.trainable().values(), self.ema), gathered(self.kind, on_this=main):
-                if main:
-                    self._export(flops)
-        wait_for_all()
+
+        def export() -> None:
+            if main or spread:
+                with averaged_weights(self.kind.trainable().values(), self.ema), gathered(self.kind, on_this=main):
+                    if main:
+                        self._export(flops)
+
+        together(export)
         self.report.close()
         return 0
 
@@ -209,10 +214,7 @@ class Run:
         hub.save_export(self.kind.save, folder, card, shown)
         if self.config.export.push_to_hub is not None:
             rows["uploaded to"] = hub.push(folder, self.config.export.push_to_hub)
-        written = [self.output_dir / name for name in (folder.name, "samples", "loss_curve.png")]
-        rows |= {path.name: str(path) for path in written if path.exists()}  # no samples with samples.count=0
-        rows |= {"curves": f"tensorboard --logdir {shlex.quote(str(curves_folder(self.output_dir)))}"}
-        rows |= {"to train longer": f"run again with a training.max_train_steps above {self.length.total_steps}"}
+        rows |= outputs(self.output_dir, self.kind.export_name, self.length.total_steps)
         self.report.say(table(f"Finished: {self.output_dir}", rows))
         if advice := self.meters.noise_scale.advice(self.config, self.sampler.layout, self.length.num_images):
             self.report.say(advice)

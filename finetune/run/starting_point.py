@@ -117,7 +117,8 @@ def _check_room(config: Config, kind: Kind, checkpoints: Checkpoints, step: int,
     size = weights * (4 if config.ema.enabled else 3)  # weights, AdamW's two moments, the average
     saves = total_steps // every - step // every + (total_steps % every > 0)
     branches_off = checkpoints.named is not None and not checkpoints.names_own()
-    needed = checkpoints.room_needed(size, saves + branches_off) + size * config.checkpoint.keep_best + weights
-    what = f"checkpoints of {size:,} bytes (checkpoint.keep={keep} and the next one) and the pipeline"
+    needed, export = checkpoints.room_needed(size, saves + branches_off), kind.export_bytes()
+    needed += size * config.checkpoint.keep_best + export
+    what = f"checkpoints of {size:,} bytes (checkpoint.keep={keep} and the next one) and an export of {export:,}"
     advice = "set an output_dir on a larger disk, or set a smaller checkpoint.keep"
     require_room(f"output_dir: {checkpoints.output_dir}", checkpoints.output_dir, needed, what, advice)

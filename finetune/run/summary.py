@@ -2,6 +2,7 @@
 
 import glob
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def results(history: list[dict[str, Any]], updates: int, images: int, seconds: f
     if distances := curve(history, "validation/kernel_distance"):
         frechet = curve(history, "validation/frechet_distance")[-1][1]
         rows["kernel distance"] = f"{distances[-1][1]:.5f}, from {distances[0][1]:.5f}; Fréchet distance {frechet:.5f}"
+    return rows
+
+
+def outputs(output_dir: Path, export_name: str, total_steps: int) -> dict[str, str]:
+    """Where a finished run's files lie, by name, and how to go on, for the console. What was not written is not named:
+    there are no samples with samples.count=0."""
+    written = [output_dir / name for name in (export_name, "samples", "loss_curve.png")]
+    rows = {path.name: str(path) for path in written if path.exists()}
+    rows["curves"] = f"tensorboard --logdir {shlex.quote(str(curves_folder(output_dir)))}"
+    rows["to train longer"] = f"run again with a training.max_train_steps above {total_steps}"
     return rows
 
 

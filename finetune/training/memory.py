@@ -42,6 +42,11 @@ def state_bytes(network: torch.nn.Module, averaged: bool, crop_encoder: torch.nn
     return sum(held_bytes([each]) * (1 + more * each.requires_grad) for each in weights)
 
 
+def state_parts(averaged: bool) -> str:
+    """What `state_bytes` counts, as words of a message."""
+    return f"weights, gradients{', optimizer state and EMA weights' if averaged else ' and optimizer state'}"
+
+
 def state_plan(
     accelerator: Accelerator,
     outline: torch.nn.Module,
@@ -62,7 +67,7 @@ def state_plan(
         UserError: if that alone is more than is free.
     """
     shares, device, here = num_processes if shard else 1, accelerator.device, processes_here()
-    state, held = -(-state_bytes(outline, averaged) // shares), "weights, gradients, optimizer state and EMA weights"
+    state, held = -(-state_bytes(outline, averaged) // shares), state_parts(averaged)
     if crop_encoder is not None:
         state, held = state + held_bytes(crop_encoder.parameters()), f"{held}, and the encoder of random crops,"
     most, free = state, float("inf")
@@ -195,8 +200,7 @@ def memory_plan(accelerator: Accelerator, kind: Kind, layout: BatchLayout, avera
     where = "" if accelerator.device.type == "cpu" else f" of {accelerator.device.type} memory"
     return (
         f"Memory: about {total / 1e6:.0f} MB{where} a process at its peak, {how} with micro-batches of {size}; of it, "
-        f"{state / 1e6:.0f} MB are weights, gradients, optimizer state and EMA weights, {image / 1e6:.1f} MB an image "
-        "activations"
+        f"{state / 1e6:.0f} MB are {state_parts(averaged)}, {image / 1e6:.1f} MB an image activations"
     )
 
 

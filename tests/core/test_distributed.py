@@ -10,7 +10,7 @@ import datasets.table
 import pytest
 
 from finetune.data import loading, tables
-from finetune.models import unconditional
+from finetune.models import hub, unconditional
 from finetune.run import plan
 from harness.compare import differing
 from harness.configs import picture, tiny_config, write_config, write_pictures
@@ -113,6 +113,24 @@ def test_a_mistake_is_printed_once_and_ends_all_processes(config, tmp_path, word
     assert [outcome.returncode for outcome in outcomes] == [2, 2], outcomes
     assert outcomes[0].error.startswith(problem)
     assert outcomes[1].stderr == ""
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_an_upload_that_fails_is_printed_once_and_ends_all_processes(config, tmp_path, shard):
+    """The main process alone uploads, and the others wait for it, of a sharded run with the weights gathered."""
+
+    def before(process):
+        def refuse(*arguments, **options):
+            raise ConnectionError("no route to the hub")
+
+        hub.create_repo = refuse
+
+    words = ("export.push_to_hub=somebody/digits", f"training.shard={shard}".lower())
+    main, other = run_two("--config", config, *words, folder=tmp_path, before=before)
+    assert (main.returncode, other.returncode) == (1, 1), (main, other)
+    assert main.error.startswith("export.push_to_hub: somebody/digits: the upload of ")
+    assert other.stderr == ""
+    assert (tmp_path / "run/pipeline/README.md").exists()
 
 
 def test_the_plan_is_made_by_the_main_process_alone(config, tmp_path):

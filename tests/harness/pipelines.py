@@ -1,5 +1,6 @@
 """Stable Diffusion pipelines of some ten thousand weights, saved by diffusers, with encoders that tell texts apart."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -10,7 +11,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 # By how much of its largest value a posterior of the VAE below may be off where other numbers of images are encoded at
 # once: a convolution of it adds at most 9 x 8 products, in an order of the kernel's choice, and there are fewer than 32
@@ -105,3 +114,18 @@ def save_pipeline(folder: Path, **options) -> str:
         with torch.random.fork_rng(devices=[]):
             pipeline(**options).save_pretrained(folder)
     return str(folder)
+
+
+def add_checker(folder: Path) -> Path:
+    """Give a pipeline the two components that look for unsafe pictures, of few weights; returns the folder."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**sizes, "image_size": 8, "patch_size": 4, "projection_dim": 8}
+    config = CLIPConfig(vision_config=vision, text_config={**sizes, "vocab_size": 9}, projection_dim=8)
+    with torch.random.fork_rng(devices=[]):
+        StableDiffusionSafetyChecker(config).save_pretrained(folder / "safety_checker")
+    CLIPImageProcessor(size={"shortest_edge": 8}).save_pretrained(folder / "feature_extractor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

@@ -43,6 +43,14 @@ def test_a_damaged_file_is_named(save, damage, file):
     assert file in checkpoint.flaw(folder)
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_file_that_cannot_be_read_is_named_itself(save, error):
+    """And not its manifest, which can be read. Files are read in the order of their names."""
+    folder = save(1)
+    with failing_at(manifest, "checksum", 1 + FILES.index("model.safetensors"), error):
+        assert checkpoint.flaw(folder) == f"model.safetensors cannot be read ({error.strerror})"
+
+
 def test_a_changed_checksum_in_the_manifest_is_reported(save):
     folder = save(1)
     text = (folder / "manifest.json").read_text()

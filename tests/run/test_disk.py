@@ -10,8 +10,10 @@ from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from finetune.config.load import load_config
 from finetune.evaluation import pictures
 from finetune.models import hub
+from finetune.models.load import load_kind
 from finetune.run import checkpoint, manifest, report, start
 from harness.compare import differing, valid_checkpoints
 from harness.configs import EVALUATED_STEPS
@@ -175,9 +177,10 @@ def test_a_file_where_a_folder_belongs_or_the_reverse(undisturbed, tmp_path, nam
 
 @pytest.mark.slow
 def test_a_run_starts_only_where_there_is_room_for_its_checkpoints_and_the_pipeline(undisturbed, tmp_path):
-    """keep is 2, and the next one: 3 checkpoints, each of weights, two moments and the average; and the pipeline."""
+    """keep is 2, and the next one: 3 checkpoints, each of weights, two moments and the average; and the export."""
     tensors = load_file(undisturbed / "run/checkpoint-6/model.safetensors")
     weights = 4 * sum(tensor.numel() for tensor in tensors.values())  # bytes, in float32
+    export = load_kind(load_config(undisturbed / "config.yaml", []).model, None, 0).export_bytes()
     disk = namedtuple("Disk", "total used free")
     output_dir = tmp_path / "run"
     command = ("--config", undisturbed / "config.yaml", f"output_dir={output_dir}")
@@ -192,14 +195,16 @@ def test_a_run_starts_only_where_there_is_room_for_its_checkpoints_and_the_pipel
         refused = start_with(needed - 1, *more)
         assert refused.returncode == 2
         assert refused.error.startswith(
-            f"output_dir: {output_dir}: found {needed - 1:,} bytes free, expected {needed:,} "
+            f"output_dir: {output_dir}: found {needed - 1:,} bytes free, expected {needed:,} for checkpoints of "
         )
+        assert f" and an export of {export:,}; free some, " in refused.error
 
-    needs((3 * 4 + 1) * weights)
-    needs((3 * 3 + 1) * weights, "ema.enabled=false")
-    needs((1 * 4 + 1) * weights, "checkpoint.every_steps=1000")  # only the last one
-    needs((2 * 4 + 1) * weights, "checkpoint.keep=1")
+    needs(3 * 4 * weights + export)
+    needs(3 * 3 * weights + export, "ema.enabled=false")
+    needs(1 * 4 * weights + export, "checkpoint.every_steps=1000")  # only the last one
+    needs(2 * 4 * weights + export, "checkpoint.keep=1")
     assert not output_dir.exists()
-    assert start_with(13 * weights).returncode == 0
-    needs((1 * 4 + 1) * weights, "training.num_epochs=4")  # 2 exist, and the next one is saved before one is pruned
-    assert start_with(5 * weights, "training.num_epochs=4").returncode == 0
+    assert start_with(12 * weights + export).returncode == 0
+    # 2 exist, and the next one is saved before one is pruned
+    needs(1 * 4 * weights + export, "training.num_epochs=4")
+    assert start_with(4 * weights + export, "training.num_epochs=4").returncode == 0

@@ -20,11 +20,13 @@ def config_of(**changes) -> Config:
     return Config.model_validate(tiny_config(Path("pictures"), Path("run"), **changes))
 
 
-def plan(config: Config, num_held_out: int = 0, notes: tuple[str, ...] = (), mixed_precision: str = "no") -> list[str]:
-    """The lines of the plan for 20 images in windows of 8, on one process of a CPU."""
+def plan(
+    config: Config, num_held_out: int = 0, notes: tuple[str, ...] = (), mixed_precision: str = "no", processes: int = 1
+) -> list[str]:
+    """The lines of the plan for 20 images in windows of 8, on one process of a CPU, or in larger ones on several."""
     accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=mixed_precision)
     kind = load_kind(config.model, config.data.resolution, config.seed)
-    text = printed(config, accelerator, BatchLayout(4, 2, 1), kind, 20, num_held_out, notes, 2_500_000_000)
+    text = printed(config, accelerator, BatchLayout(4, 2, processes), kind, 20, num_held_out, notes, 2_500_000_000)
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
@@ -44,6 +46,17 @@ def test_the_plan_says_what_is_trained_and_how():
         "learning rate 0.001, constant, 0 updates of warm-up",
         "output run",
     ]
+
+
+def test_the_plan_says_what_a_process_of_a_sharded_run_holds_a_share_of():
+    parts = {
+        True: "weights, gradients, optimizer state and EMA weights",
+        False: "weights, gradients and optimizer state",
+    }
+    for averaged, held in parts.items():
+        config = config_of(training__shard=True, ema__enabled=averaged)
+        assert plan(config, processes=2)[1].endswith(f", float32; each process holds 1/2 of {held}")
+        assert plan(config)[1].endswith("; training.shard has no effect with one process")
 
 
 def test_the_plan_says_what_is_done_to_the_pictures():

@@ -15,7 +15,7 @@ from finetune.config.schema import Config
 from finetune.models.hub import save_export
 from finetune.models.load import load_kind
 from finetune.run.state import Length
-from finetune.run.summary import curves_folder, hyperparameters, model_card, results
+from finetune.run.summary import curves_folder, hyperparameters, model_card, outputs, results
 from harness.compare import unequal
 from harness.configs import UNET, tiny_config
 
@@ -48,6 +48,19 @@ def test_results_name_the_best_step_of_the_exported_weights():
     assert rows["validation loss"] == "0.60000, from 1.00000; best 0.50000 at step 5"
     assert rows["updates"] == "9, 72 images in 4 s of training, 18.0 images/s"
     assert rows["compute"] == "2.5 GFLOP an image, 45 GFLOP/s on all processes"
+
+
+def test_a_run_that_drew_no_samples_names_none(tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "loss_curve.png").touch()
+    rows = {"pipeline": f"{tmp_path}/pipeline", "loss_curve.png": f"{tmp_path}/loss_curve.png"}
+    ending = {
+        "curves": f"tensorboard --logdir {tmp_path.parent}",
+        "to train longer": "run again with a training.max_train_steps above 6",
+    }
+    assert outputs(tmp_path, "pipeline", 6) == rows | ending
+    (tmp_path / "samples").mkdir()
+    assert outputs(tmp_path, "pipeline", 6) == rows | {"samples": f"{tmp_path}/samples"} | ending
 
 
 def test_runs_are_compared_by_the_settings_of_the_config():

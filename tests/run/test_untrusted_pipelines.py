@@ -5,13 +5,11 @@ import shutil
 from itertools import cycle
 
 import pytest
-import torch
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPImageProcessor
 
 from harness.bombs import BOMBS, plain_pickle
 from harness.configs import PIPELINES, of_kind, tiny_config, write_config, write_pictures
+from harness.pipelines import add_checker
 from harness.processes import run
 
 KINDS = [*PIPELINES]  # text: Stable Diffusion; sdxl, and lora beside it: Stable Diffusion XL
@@ -186,29 +184,10 @@ def test_an_adapter_in_a_component_is_refused(copied, fine_tune, tmp_path, kind,
     )
 
 
-@pytest.fixture(scope="module")
-def checker(tmp_path_factory):
-    """The two components that look for unsafe pictures, of few weights."""
-    base = tmp_path_factory.mktemp("checker")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    vision = {**sizes, "image_size": 8, "patch_size": 4, "projection_dim": 8}
-    config = CLIPConfig(vision_config=vision, text_config={**sizes, "vocab_size": 9}, projection_dim=8)
-    with torch.random.fork_rng(devices=[]):
-        StableDiffusionSafetyChecker(config).save_pretrained(base / "safety_checker")
-    CLIPImageProcessor(size={"shortest_edge": 8}).save_pretrained(base / "feature_extractor")
-    return base
-
-
 @pytest.fixture
-def pipeline(copied, checker):
-    """One that comes with both."""
-    pipeline = copied("text")
-    shutil.copytree(checker, pipeline, dirs_exist_ok=True)
-    index = json.loads((pipeline / "model_index.json").read_text())
-    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
-    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
-    (pipeline / "model_index.json").write_text(json.dumps(index))
-    return pipeline
+def pipeline(copied):
+    """One that comes with what looks for unsafe pictures."""
+    return add_checker(copied("text"))
 
 
 @pytest.mark.slow

@@ -112,6 +112,24 @@ def test_a_trial_update_may_take_its_share_of_this_hosts_memory(monkeypatch, fre
 
 
 @pytest.mark.parametrize(
+    ("averaged", "parts", "megabytes"),
+    [
+        (True, "weights, gradients, optimizer state and EMA weights", 20),
+        (False, "weights, gradients and optimizer state", 16),
+    ],
+)
+def test_an_average_is_named_where_there_is_one(averaged, parts, megabytes):
+    """A million weights of 4 bytes, five or four times."""
+    with torch.device("meta"):
+        outline = torch.nn.Linear(1000, 1000, bias=False)
+    cpu = SimpleNamespace(device=torch.device("cpu"))
+    before = memory.state_plan(cpu, outline, 1, averaged)
+    assert before.startswith(f"Model: 1.00 M parameters; {parts} will take {megabytes} MB a process (")
+    measured = memory_plan(Accelerator(cpu=True), kind_of(UNET), BatchLayout(1, 1, 1), averaged)
+    assert f" MB are {parts}, " in measured
+
+
+@pytest.mark.parametrize(
     ("processes", "megabytes", "needed"),
     [(2, 10, 10), (8, 2, 4)],  # of 20 MB of state; loading takes the 4 MB of all weights
 )
