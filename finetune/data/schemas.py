@@ -3,13 +3,14 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from finetune.core.errors import UserError, first_line
+from finetune.core.errors import UserError, first_few, first_line
 
 TYPES: dict[str, Callable[[pa.DataType], bool]] = {
     "integers": pa.types.is_integer,
@@ -35,29 +36,37 @@ def with_rows(files: dict[str, list[str]]) -> dict[str, list[str]]:
 
 def check_schemas(files: list[str]) -> None:
     """Raises UserError if files call different things by one name: types of values, or classes in another order."""
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, tuple[str, list[str], str]] = {}  # of each column: what it means, its classes, the file
     seen: set[str] = set()
     for file in files:
         schema = _schema(file)
         for field in schema:
             meaning = next((name for name, is_it in TYPES.items() if is_it(field.type)), None)
             feature = datasets.Features.from_arrow_schema(schema)[field.name]
-            if isinstance(feature, datasets.ClassLabel):
-                meaning = f"the classes {', '.join(feature.names[:20])}"
+            names: list[str] = feature.names if isinstance(feature, datasets.ClassLabel) else []
+            if names:
+                meaning = "the classes "
             # `datasets` takes the first file's type for all, and a null column cannot be cast to or from it.
             if pa.types.is_null(field.type) and field.name not in seen:
                 meaning = NOTHING
-            elif found.get(field.name, ("", ""))[0] == NOTHING and not pa.types.is_null(field.type):
+            elif field.name in found and found[field.name][0] == NOTHING and not pa.types.is_null(field.type):
                 meaning = meaning or f"values of type {field.type}"
             seen.add(field.name)
             if meaning is None:
                 continue
-            known, other = found.setdefault(field.name, (meaning, file))
-            if known != meaning:
+            known, others, other = found.setdefault(field.name, (meaning, names, file))
+            if (known, others) != (meaning, names):
+                here, there = f"{meaning}{_differing(names, others)}", f"{known}{_differing(others, names)}"
                 raise UserError(
-                    f"data.source: found {meaning} in {field.name!r} of {os.path.basename(file)} and {known} in that "
+                    f"data.source: found {here} in {field.name!r} of {os.path.basename(file)} and {there} in that "
                     f"of {os.path.basename(other)}; expected the same in all files: convert them, or give one of them"
                 )
+
+
+def _differing(names: list[str], others: list[str]) -> str:
+    """The first 20 classes, or those from where a longer list begins to differ from another one."""
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(names, others, strict=False)))
+    return f"..., {first_few(names[same:], 20) or 'no more'}" if same >= 20 else first_few(names, 20)
 
 
 def with_classes(file: str, classes: Mapping[str, datasets.ClassLabel]) -> datasets.Features | None:
@@ -67,8 +76,9 @@ def with_classes(file: str, classes: Mapping[str, datasets.ClassLabel]) -> datas
     for name, label in new.items():
         if isinstance(features[name], datasets.ClassLabel):
             raise UserError(
-                f"data.source: found the classes {', '.join(features[name].names[:20])} in {name!r} of {file} and "
-                f"{', '.join(label.names[:20])} in README.md; expected the same: correct one of them"
+                f"data.source: found the classes {_differing(features[name].names, label.names)} in {name!r} of {file} "
+                f"and {_differing(label.names, features[name].names)} in README.md; expected the same: correct one of "
+                "them"
             )
     return datasets.Features({**features, **new}) if new else None
 
@@ -97,7 +107,7 @@ def named_classes(table: datasets.Dataset, classes: Mapping[str, datasets.ClassL
         if len(unknown):
             raise UserError(
                 f"data.source: found {unknown[0].as_py()!r} in {name!r} of {where}; expected one of the "
-                f"{count} classes that README.md names: {', '.join(label.names[:20])}"
+                f"{count} classes that README.md names: {first_few(label.names, 20)}"
             )
         data = data.set_column(data.column_names.index(name), pa.field(name, pa.int64()), rows)
         features[name] = label

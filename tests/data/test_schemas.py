@@ -95,3 +95,23 @@ def test_a_split_of_empty_shards_is_no_split(tmp_path):
     pq.write_table(table(pa.array([], pa.int64())), tmp_path / "test-0.parquet")
     pq.write_table(table([3]), tmp_path / "train-0.parquet")
     assert list(open_source(str(tmp_path)).splits) == ["train"]
+
+
+LONG = [f"class {number}" for number in range(25)]
+
+
+@pytest.mark.parametrize(
+    ("other", "here", "there"),
+    [
+        ([*LONG[:23], LONG[24], LONG[23]], "..., class 24, class 23", "..., class 23, class 24"),
+        (LONG[:24], "..., no more", "..., class 24"),
+        (LONG[:2], "class 0, class 1", f"{', '.join(LONG[:20])}, ..."),
+    ],
+)
+def test_long_lists_of_classes_are_compared_to_their_ends(tmp_path, other, here, there):
+    """And named from where they begin to differ, if that is behind the first twenty."""
+    for name, classes in (("a", LONG), ("b", other)):
+        pq.write_table(table([0, 1], classes), tmp_path / f"{name}.parquet")
+    assert problem(tmp_path).startswith(
+        f"data.source: found the classes {here} in 'label' of b.parquet and the classes {there} in that of a.parquet"
+    )
