@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.core.errors import UserError, first_line
+from finetune.core.errors import UserError, first_few, first_line
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -58,7 +58,7 @@ def check_metadata(file: str) -> None:
             "pictures in its folder"
         )
     if not any(re.fullmatch("(.*_)?file_names?", name) for name in columns):
-        found = ", ".join(map(repr, columns[:10]))
+        found = first_few(map(repr, columns), 10)
         between = ", with commas between them" if file.lower().endswith(".csv") and len(columns) == 1 else ""
         raise UserError(f"data.source: {file}: found the columns {found}; expected file_name among them{between}")
 

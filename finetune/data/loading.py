@@ -10,7 +10,7 @@ import numpy as np
 from finetune.config.inputs import DataConfig
 from finetune.config.schema import Config
 from finetune.core.distributed import made_once, on_main_process, together
-from finetune.core.errors import UserError
+from finetune.core.errors import UserError, first_few
 from finetune.core.hosts import require_same
 from finetune.core.kind import ImageFormat, Kind
 from finetune.core.shapes import Shape, run_shapes
@@ -113,7 +113,7 @@ def load_data(
         key = "data.validation_fraction"
     if labelled and (unknown := [name for name in held.class_names if name not in images.class_names]):
         raise UserError(
-            f"{key}: found the classes {', '.join(unknown[:10])} among the images held out and not among those to "
+            f"{key}: found the classes {first_few(unknown, 10)} among the images held out and not among those to "
             "train on; add images of them, leave them out with data.labels, or hold out others"
         )
     return images, held

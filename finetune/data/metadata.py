@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from finetune.core.errors import UserError, first_line
+from finetune.core.errors import UserError, first_few, first_line
 
 Columns = dict[str, list[Any]]
 PICTURE_NAME = re.compile(r"(?:(.*)_)?file_name")
@@ -180,12 +180,8 @@ def _array(name: str, values: list[Any], texts: bool, files: Sequence[str]) -> p
     }
     if len(kinds) > 1 and set(kinds) != {int, float}:
         examples = " and ".join(repr(value)[:50] for value in list(kinds.values())[:2])
-        raise UserError(
-            f"data.source: found {examples} in {name!r} of {', '.join(files[:3])}; expected values of one type"
-        )
+        raise UserError(f"data.source: found {examples} in {name!r} of {first_few(files)}; expected values of one type")
     try:
         return pa.array(values)
     except (pa.ArrowException, TypeError, OverflowError) as error:
-        raise UserError(
-            f"data.source: {name!r} of {', '.join(files[:3])} cannot be read: {first_line(error)}"
-        ) from None
+        raise UserError(f"data.source: {name!r} of {first_few(files)} cannot be read: {first_line(error)}") from None

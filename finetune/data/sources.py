@@ -23,7 +23,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDER_NAME
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
-from finetune.core.errors import UserError, printable
+from finetune.core.errors import UserError, first_few, printable
 from finetune.data.card import default_configuration
 from finetune.data.damage import check_files
 from finetune.data.fetching import fetch
@@ -219,7 +219,7 @@ def _refuse_saved_inside(path: str, files: Iterable[str]) -> None:
     saved = [folder for folder in folders if os.path.isfile(os.path.join(path, folder, "state.json"))]
     if saved:
         raise UserError(
-            f"data.source: found {len(saved)} saved dataset(s) in folders below {path}: {', '.join(saved[:5])}; give "
+            f"data.source: found {len(saved)} saved dataset(s) in folders below {path}: {first_few(saved)}; give "
             "the folder of one, as `save_to_disk` named it"
         )
 

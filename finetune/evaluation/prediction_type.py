@@ -14,8 +14,8 @@ from finetune.core.errors import UserError
 from finetune.core.kind import Kind
 from finetune.core.randomness import noise
 from finetune.data.batches import Batches
-from finetune.evaluation.rounds import chunks, evaluating
-from finetune.evaluation.validation import predict_noised
+from finetune.evaluation.passes import evaluating, predict_noised
+from finetune.evaluation.rounds import chunks
 
 LEVELS = 0.05, 0.02, 0.01, 0.005  # a^2, the signal's share of the variance, at the timesteps that are looked at
 DRAWS = 16

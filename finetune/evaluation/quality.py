@@ -89,7 +89,7 @@ class Quality:
                 f"validation.quality: found {len(images)} held-out image; expected at least 2, to estimate a "
                 "covariance: hold out more with data.validation_fraction or data.validation_split"
             )
-        self.features, self.every_steps = Features(config.features), config.every_steps
+        self.features = Features(config.features)
         self.images = [images[index] for index in range(min(config.images, len(images)))]
         self.names = [names[index % len(names)] for index in range(config.images)]
         shapes = [Shape(*image.shape[:2]) for image in self.images]

@@ -5,12 +5,8 @@ and comes out the same to the last bit, whatever the number of processes and the
 """
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
 
-import torch
 from accelerate import Accelerator
-
-from finetune.data.pixels import Pixels
 
 CHUNK = 8
 
@@ -34,18 +30,3 @@ def chunks(count: int, groups: Sequence[Hashable] | None = None) -> list[list[in
     for index in range(count):
         members.setdefault(groups[index] if groups else None, []).append(index)
     return [group[start : start + CHUNK] for group in members.values() for start in range(0, len(group), CHUNK)]
-
-
-@contextmanager
-def evaluating(network: torch.nn.Module) -> Iterator[None]:
-    """The network in evaluation mode for the block."""
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train()
-
-
-def as_pixels(images: torch.Tensor) -> Pixels:
-    """From (n, C, H, W) in [-1, 1] to uint8 (n, H, W, C)."""
-    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

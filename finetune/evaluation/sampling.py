@@ -9,13 +9,14 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from finetune.config.outputs import SamplesConfig
-from finetune.core.errors import UserError, first_line, short
+from finetune.core.errors import UserError, first_few, first_line, short
 from finetune.core.groups import summed
 from finetune.core.kind import Embed, Kind, predict
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
 from finetune.data.pixels import Pixels
-from finetune.evaluation.rounds import as_pixels, evaluating, rounds
+from finetune.evaluation.passes import as_pixels, evaluating
+from finetune.evaluation.rounds import rounds
 from finetune.training.trial_pass import pass_idly
 
 DEFAULT_ROWS = 10  # classes that are sampled where the config names none
@@ -41,9 +42,9 @@ def sampled_names(
         return [*(options.prompts or captions)]
     names = [str(label) for label in options.labels or (class_names or kind.class_names)[:DEFAULT_ROWS]]
     if unknown := [name for name in names if name not in kind.class_names]:
-        listed = ", ".join(kind.class_names[:20]) + (", ..." if len(kind.class_names) > 20 else "")
         raise UserError(
-            f"samples.labels: found {', '.join(map(short, unknown))}; expected classes of the model, which has {listed}"
+            f"samples.labels: found {', '.join(map(short, unknown))}; expected classes of the model, which has "
+            f"{first_few(kind.class_names, 20)}"
         )
     return [*names]
 

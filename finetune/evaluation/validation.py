@@ -1,7 +1,6 @@
 """Validation loss with fixed noise and timesteps, and what the network predicts at each noise level."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -9,32 +8,14 @@ import torch
 from accelerate import Accelerator
 
 from finetune.core.groups import summed
-from finetune.core.kind import Batch, Kind, predict
+from finetune.core.kind import Kind
 from finetune.core.randomness import noise
 from finetune.data.batches import Batches
 from finetune.data.pixels import Pixels
-from finetune.evaluation.rounds import CHUNK, as_pixels, evaluating, rounds
+from finetune.evaluation.passes import Prediction, as_pixels, evaluating, predict_noised
+from finetune.evaluation.rounds import CHUNK, rounds
 from finetune.training.objective import loss_per_image, predicted_images
 from finetune.training.trial_pass import pass_idly
-
-
-class Prediction(NamedTuple):
-    """A forward pass: what went in and what came out, each (b, C, H, W) but the timesteps (b,)."""
-
-    clean: torch.Tensor
-    noise: torch.Tensor
-    timesteps: torch.Tensor
-    noisy: torch.Tensor
-    output: torch.Tensor
-
-
-def predict_noised(kind: Kind, batch: Batch, device: torch.device) -> Prediction:
-    """Noise what a batch holds, on a device, and have the network predict from it."""
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    drawn, timesteps = batch["noise"], batch["timesteps"]
-    clean, conditions = kind.inputs(batch)
-    noisy = kind.noise_scheduler.add_noise(clean, drawn, timesteps)
-    return Prediction(clean, drawn, timesteps, noisy, predict(kind.network, noisy, timesteps, conditions))
 
 
 class Validation:

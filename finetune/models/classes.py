@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from finetune.core.errors import UserError
+from finetune.core.errors import UserError, first_few
 from finetune.core.kind import Arguments, Batch, Embed
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
@@ -144,9 +144,9 @@ def with_classes(kind: Unconditional, class_names: Sequence[str], seed: int) -> 
 
 
 def _unknown(unknown: Sequence[str], stored: Sequence[str] | None, rows: int) -> str:
-    found = f"data.label_column: found the classes {', '.join(unknown[:10])}"
+    found = f"data.label_column: found the classes {first_few(unknown, 10)}"
     if stored is not None:
-        return f"{found}, which the pretrained model does not have; expected some of {', '.join(stored[:20])}"
+        return f"{found}, which the pretrained model does not have; expected some of {first_few(stored, 20)}"
     return (
         f"{found}; expected numbers from 0 to {rows - 1}, since the pretrained model has {rows} classes without names"
     )

@@ -184,6 +184,17 @@ class Folder:
         extractor = _of_clip(CLIPImageProcessor, self.path / "feature_extractor", "feature extractor")
         return {"safety_checker": self.load("safety_checker"), "feature_extractor": extractor}
 
+    def pipeline(self, **parts: Any) -> Any:
+        """The pipeline's class around some of its components; the others are missing."""
+        names = ["vae", "unet", "scheduler", *self.text_encoders, *self.tokenizers]
+        components: dict[str, Any] = dict.fromkeys(names) | parts
+        if self.sized:
+            components |= {"force_zeros_for_empty_prompt": self.zeros_for_no_prompt, "add_watermarker": False}
+        else:
+            checker = {"safety_checker": None, "feature_extractor": None} | parts
+            components |= checker | {"requires_safety_checker": bool(checker["safety_checker"])}
+        return self.pipeline_class(**components)
+
     def digest(self, parts: Sequence[str]) -> str:
         """A hash of all files of some components that a result depends on: configs, weights, vocabularies."""
         digest = hashlib.sha256()

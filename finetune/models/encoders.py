@@ -121,7 +121,7 @@ class PipelineEncoders:
         if self._prompter is None:
             parts = {part: self.folder.load(part) for part in self.folder.text_encoders}
             parts |= dict(zip(self.folder.tokenizers, self.tokenizers, strict=True))
-            self._prompter = bare_pipeline(self.folder, **parts).to(device)
+            self._prompter = self.folder.pipeline(**parts).to(device)
         with _in_float32(device), without_warnings():
             embeddings = self._prompter.encode_prompt(
                 [*texts], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -142,18 +142,6 @@ class PipelineEncoders:
         self._prompter = None
         if self.crop_encoder is None:
             self._vae = None
-
-
-def bare_pipeline(folder: Folder, **parts: Any) -> Any:
-    """The pipeline's class around some of its components; the others are missing."""
-    names = ["vae", "unet", "scheduler", *folder.text_encoders, *folder.tokenizers]
-    components: dict[str, Any] = dict.fromkeys(names) | parts
-    if not folder.sized:
-        checker = {"safety_checker": None, "feature_extractor": None} | parts
-        components |= checker | {"requires_safety_checker": bool(checker["safety_checker"])}
-    else:
-        components |= {"force_zeros_for_empty_prompt": folder.zeros_for_no_prompt, "add_watermarker": False}
-    return folder.pipeline_class(**components)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from finetune.core.errors import UserError, first_line
 from finetune.core.kind import Arguments
 from finetune.models.components import Folder, without_warnings
-from finetune.models.encoders import bare_pipeline
 
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 
@@ -87,7 +86,7 @@ def _loaded_output(
     device: torch.device,
 ) -> torch.Tensor:
     """The output of the base with the adapter of one file, which is removed again."""
-    pipeline = bare_pipeline(base, unet=fresh)
+    pipeline = base.pipeline(unet=fresh)
     try:
         with without_warnings():  # that the text encoders have no adapters
             pipeline.load_lora_weights(folder, weight_name=name, adapter_name="loaded", local_files_only=True)

@@ -12,7 +12,7 @@ from finetune.core.kind import Arguments, Batch, Embed, ImageFormat
 from finetune.core.shapes import Shape
 from finetune.models.checks import check_forward
 from finetune.models.components import Folder
-from finetune.models.encoders import PipelineEncoders, bare_pipeline
+from finetune.models.encoders import PipelineEncoders
 from finetune.models.hub import DESCRIPTIONS, file_bytes, write_pipeline
 from finetune.models.unet import blocks, settings_of, without_weights
 
@@ -140,7 +140,7 @@ class StableDiffusion:
         folder = self.folder
         parts = {part: folder.load(part) for part in ("vae", *folder.text_encoders)}
         parts |= dict(zip(folder.tokenizers, self._encoders.tokenizers, strict=True))
-        return bare_pipeline(folder, unet=self.network, scheduler=self.sampler(), **parts, **folder.load_checker())
+        return folder.pipeline(unet=self.network, scheduler=self.sampler(), **parts, **folder.load_checker())
 
     def sampler(self) -> Any:
         """The noise scheduler that the pipeline came with, with the settings that the run's config changes in it."""

@@ -13,19 +13,8 @@ from finetune.core.shapes import Shape
 from finetune.models.checks import check_finite, check_forward, check_settings
 from finetune.models.hub import DESCRIPTIONS, file_bytes, variant, write_pipeline
 from finetune.models.noise_schedulers import build_noise_scheduler
-from finetune.models.unet import (
-    blocks,
-    build_unet,
-    check_unet,
-    fewest_pixels,
-    load_unet,
-    outline,
-    own_resolution,
-    read_pretrained,
-    settings_of,
-    training_resolution,
-    without_weights,
-)
+from finetune.models.pixel_unet import build_unet, check_unet, load_unet, read_pretrained, training_resolution
+from finetune.models.unet import blocks, fewest_pixels, outline, own_resolution, settings_of, without_weights
 
 USAGE = """\
 ```python

@@ -52,7 +52,8 @@ class Evaluator:
         if samples.count and due(samples.every_steps, state.sampled):
             self._draw(state.step)
             state.sampled = state.step
-        if (quality := self.evaluations.quality) and due(quality.every_steps, state.measured):
+        quality = self.evaluations.quality
+        if quality and validation.quality and due(validation.quality.every_steps, state.measured):
             distance = self._measure(quality, state.step)
             if state.step > 0 and (state.best_distance is None or distance < state.best_distance):
                 state.best_step, state.best_distance = state.step, distance

@@ -17,13 +17,14 @@ from finetune.core.sharding import gathered, is_sharded
 from finetune.core.stopping import StopRequest, prevent_restart
 from finetune.data.batches import Batches
 from finetune.data.order import WindowSampler
-from finetune.evaluation import pictures
 from finetune.models import hub
 from finetune.models.ema import averaged_weights
 from finetune.run import checkpoint, shards
+from finetune.run.batch_advice import batch_advice
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.evaluator import Evaluator
 from finetune.run.folder import Lock
+from finetune.run.loss_curve import loss_curve
 from finetune.run.report import Report
 from finetune.run.state import Length, RunState
 from finetune.run.summary import model_card, outputs, results
@@ -206,7 +207,7 @@ class Run:
         history = self.report.history.read() if self.report.history else []
         folder, state = self.output_dir / self.kind.export_name, self.state
         rows = results(history, state.updates, self.length.images_until(state.step), state.seconds, flops)
-        pictures.loss_curve(history, self.output_dir / "loss_curve.png", self.length.steps_per_epoch)
+        loss_curve(history, self.output_dir / "loss_curve.png", self.length.steps_per_epoch)
         samples = self.evaluator.samples_file(state.step)
         shown = [samples] if samples.exists() else []
         prompt = self.evaluator.evaluations.samples.example
@@ -216,5 +217,5 @@ class Run:
             rows["uploaded to"] = hub.push(folder, self.config.export.push_to_hub)
         rows |= outputs(self.output_dir, self.kind.export_name, self.length.total_steps)
         self.report.say(table(f"Finished: {self.output_dir}", rows))
-        if advice := self.meters.noise_scale.advice(self.config, self.sampler.layout, self.length.num_images):
+        if advice := batch_advice(self.meters.noise_scale, self.config, self.sampler.layout, self.length.num_images):
             self.report.say(advice)

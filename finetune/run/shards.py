@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 
+from finetune.core.errors import first_few
 from finetune.core.groups import control_group, processes
 from finetune.core.sharding import local, part, sharded
 
@@ -176,7 +177,7 @@ def _set_moments(optimizer: torch.optim.Optimizer, moments: Mapping[torch.nn.Par
 
 def _check_names(saved: Iterable[str], weights: Weights) -> None:
     if different := {*saved} ^ weights.keys():
-        raise ValueError(f"weights of other names: {', '.join(sorted(different)[:3])}")
+        raise ValueError(f"weights of other names: {first_few(sorted(different))}")
 
 
 def _cause(error: CheckpointException) -> BaseException:

@@ -20,7 +20,8 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from finetune.evaluation.pictures import loss_curve
+from finetune.evaluation.pictures import save_png
+from finetune.run.loss_curve import loss_curve
 
 
 def at_call(owner: object, name: str, call: int, act: Callable[[], None], after: bool = False) -> None:
@@ -88,25 +89,25 @@ def stop_after_updates(count: int) -> None:
 
 def skip_the_export() -> None:
     """Runs in this process end with their last checkpoint, without pipeline and loss curve."""
-    from finetune.evaluation import pictures
     from finetune.models import hub
+    from finetune.run import run
 
-    hub.save_export = pictures.loss_curve = lambda *arguments: None
+    hub.save_export = run.loss_curve = lambda *arguments: None
 
 
 def leave_out_the_curve() -> None:
     """Runs in this process end with a picture of one pixel for a loss curve, whose drawing takes as long as the
     training of a tiny network."""
-    from finetune.evaluation import pictures
+    from finetune.run import run
 
-    pictures.loss_curve = lambda history, file, steps_per_epoch: pictures.save_png(Image.new("L", (1, 1)), file)
+    run.loss_curve = lambda history, file, steps_per_epoch: save_png(Image.new("L", (1, 1)), file)
 
 
 def draw_the_curve() -> None:
     """Runs in this process end with their loss curve."""
-    from finetune.evaluation import pictures
+    from finetune.run import run
 
-    pictures.loss_curve = loss_curve
+    run.loss_curve = loss_curve
 
 
 def exhaust_memory(*_: object) -> None:

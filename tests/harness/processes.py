@@ -27,7 +27,7 @@ from unittest import mock
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import train  # noqa: F401 - imported here so that no fork needs to
-from finetune.evaluation.pictures import loss_curve
+from finetune.run.loss_curve import loss_curve
 from harness.configs import ROOT
 from harness.faults import leave_out_the_curve
 from harness.flops import remember_flops
