@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from finetune.config.outputs import SamplesConfig
 from finetune.core.errors import UserError, first_few, first_line, short
 from finetune.core.groups import summed
-from finetune.core.kind import Embed, Kind, predict
+from finetune.core.kind import Arguments, Embed, Kind, predict
 from finetune.core.randomness import noise
 from finetune.core.shapes import Shape
 from finetune.data.pixels import Pixels
@@ -127,46 +127,61 @@ class ImageSampler:
         kind, device = self.kind, self.accelerator.device
         images = [torch.zeros(*shape, kind.image_format.channels, dtype=torch.uint8) for shape in shapes]
         drawn: dict[Shape, list[tuple[Sequence[int], torch.Tensor]]] = {}
-        ddim = DDIMScheduler.from_config(kind.noise_scheduler.config)
-        ddim.set_timesteps(self.inference_steps)
         with evaluating(kind.network):
             for chunk in rounds(len(names), self.accelerator, shapes):
-                if chunk is not None:
-                    shape = shapes[chunk[0]]
-                    noised = tuple(kind.example(1, shape)["noise"].shape[1:])
-                    x = torch.stack([noise(self.seed, 0, index, noised, purpose) for index in chunk]).to(device)
-                for timestep in ddim.timesteps:
-                    self.check()
-                    if chunk is not None:
-                        output = self._guided(x, timestep, [names[index] for index in chunk], guidance_scale, shape)
-                        # DDIM that clips the image has to derive the noise from the clipped one, or guidance ruins it.
-                        x = ddim.step(output, timestep, x, use_clipped_model_output=kind.conditional).prev_sample
-                    else:
-                        pass_idly(kind)
-                if chunk is not None:
-                    drawn.setdefault(shape, []).append((chunk, x))
+                if chunk is None:
+                    self._pass_idly()
+                    continue
+                shape = shapes[chunk[0]]
+                told = [names[index] for index in chunk]
+                without = [] if guidance_scale == 1 else [self.negative_prompt] * len(chunk)
+                conditions = kind.conditions([*told, *without], device, shape, self.embed)
+                noised = tuple(kind.example(1, shape)["noise"].shape[1:])
+                start = torch.stack([noise(self.seed, 0, index, noised, purpose) for index in chunk]).to(device)
+                drawn.setdefault(shape, []).append((chunk, self._denoised(start, conditions, guidance_scale)))
         for parts in drawn.values():  # all of a shape at once, since a model of latents loads what makes images of them
-            made = as_pixels(kind.images(torch.cat([x for _, x in parts])))
+            made = as_pixels(kind.images(torch.cat([clean for _, clean in parts])))
             for index, image in zip((index for chunk, _ in parts for index in chunk), made, strict=True):
                 images[index] = torch.from_numpy(image)
         everything = summed(torch.cat([image.flatten() for image in images]))  # each is 0 on all processes but one
         each = everything.split([image.numel() for image in images])
         return [pixels.view(image.shape).numpy() for pixels, image in zip(each, images, strict=True)]
 
-    def _guided(
-        self, x: torch.Tensor, timestep: torch.Tensor, names: Sequence[str | None], guidance_scale: float, shape: Shape
+    def _ddim(self) -> DDIMScheduler:
+        ddim = DDIMScheduler.from_config(self.kind.noise_scheduler.config)
+        ddim.set_timesteps(self.inference_steps)
+        return ddim
+
+    def _denoised(self, x: torch.Tensor, conditions: Arguments, guidance_scale: float) -> torch.Tensor:
+        """What DDIM makes of starting noise, (b, C, H, W)."""
+        ddim = self._ddim()
+        for timestep in ddim.timesteps:
+            self.check()
+            output = self._predict(x, timestep, conditions, guidance_scale)
+            # DDIM that clips the image has to derive the noise from the clipped image, or guidance ruins it.
+            x = ddim.step(output, timestep, x, use_clipped_model_output=self.kind.conditional).prev_sample
+        return x
+
+    def _pass_idly(self) -> None:
+        """As many steps, while other processes draw the last chunks."""
+        for _ in self._ddim().timesteps:
+            self.check()
+            pass_idly(self.kind)
+
+    def _predict(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: Arguments, guidance_scale: float
     ) -> torch.Tensor:
         """The network's output under classifier-free guidance, uncond + w (cond - uncond), of the shape of `x`.
 
         Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", in the form that diffusers uses. Both halves go
         through the network as one batch.
+
+        Args:
+            conditions: of each image and, under guidance, then of each without its condition.
         """
-        kind = self.kind
         if guidance_scale == 1:
-            return predict(kind.network, x, timestep, kind.conditions(names, x.device, shape, self.embed))
-        both = [*names, *[self.negative_prompt] * len(names)]
-        conditions = kind.conditions(both, x.device, shape, self.embed)
-        with_condition, without = predict(kind.network, torch.cat([x, x]), timestep, conditions).chunk(2)
+            return predict(self.kind.network, x, timestep, conditions)
+        with_condition, without = predict(self.kind.network, torch.cat([x, x]), timestep, conditions).chunk(2)
         return without + guidance_scale * (with_condition - without)
 
 
