@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.config.load import load_config
-from finetune.evaluation import pictures
 from finetune.models import hub
 from finetune.models.load import load_kind
 from finetune.run import checkpoint, manifest, report, start
+from finetune.run import run as run_module
 from harness.compare import differing, valid_checkpoints
 from harness.configs import EVALUATED_STEPS
 from harness.faults import at_call, draw_the_curve, fill_disk, limit_file_size
@@ -55,7 +55,7 @@ FULL = {
     "the samples": ((Image.Image, "save", 5), 0, "samples/step-3.png", [2]),
     "the resolved config": ((start, "_open_report", 1), 0, "config.yaml", []),
     "the pipeline": ((hub, "save_export", 1), 8192, "pipeline", [4, 6]),
-    "the loss curve": ((pictures, "loss_curve", 1), 4096, "loss_curve.png", [4, 6]),
+    "the loss curve": ((run_module, "loss_curve", 1), 4096, "loss_curve.png", [4, 6]),
 }
 
 

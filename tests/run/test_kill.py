@@ -8,7 +8,7 @@ import pytest
 from diffusers import DDPMPipeline
 from PIL import Image
 
-from finetune.evaluation import pictures, validation
+from finetune.evaluation import validation
 from finetune.evaluation.sampling import ImageSampler
 from finetune.models import hub
 from finetune.run import checkpoint, checkpoints, manifest, report, run
@@ -37,7 +37,7 @@ SLOW_KILLS = {
     "while sampling": (ImageSampler, "sample", 2, True),
     "before a picture is written": (Image.Image, "save", 5),  # a file and TensorBoard's copy of two pictures at step 0
     "after a line of metrics": (report.History, "add", 5, True),
-    "before the loss curve": (pictures, "loss_curve", 1),
+    "before the loss curve": (run, "loss_curve", 1),
     "before the export": (hub, "save_export", 1),
     "while exporting": (DDPMPipeline, "save_pretrained", 1, True),
     "after the export": (hub, "save_export", 1, True),
