@@ -26,6 +26,7 @@ from harness.digits import share_read
 from harness.processes import finish, nothing
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+OVERRIDES = [f"model.pretrained={ROOT / 'configs/digits-base'}"]
 
 
 class ClippedWithoutItsNoise(DDIMScheduler):
@@ -40,7 +41,7 @@ def train(name: str, updates: int, *overrides: str, before: Callable[[], None] =
     folder = Path(FOLDER.name, name)
     finish(
         *("--config", ROOT / "configs/digits-classes.yaml", f"output_dir={folder}", "samples.count=0"),
-        *(f"model.pretrained={ROOT / 'configs/digits-base'}", f"training.max_train_steps={updates}", *overrides),
+        *(f"training.max_train_steps={updates}", *OVERRIDES, *overrides),
         folder=Path(FOLDER.name),
         before=before,
         seconds=900,
@@ -100,6 +101,8 @@ def saved(network: PreTrainedModel, folder: Path) -> str:
 
 
 def main(short: bool) -> None:
+    if short:
+        OVERRIDES.append("validation.images=8")
     each, images, steps = (2, 20, 2) if short else (20, 200, 40)
     updates, early, draws = (4, 2, 4) if short else (300, 100, 20)
 

@@ -232,6 +232,8 @@ def noise_scale(base: Path, updates: int) -> None:
 
 def main() -> None:
     short = parser(__doc__).parse_args().short
+    if short:
+        OVERRIDES.append("validation.images=8")
     torch.set_num_threads(1)
     print(machine())
     base = Path(FOLDER.name)
