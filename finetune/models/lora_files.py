@@ -20,7 +20,9 @@ def write(folder: Path, base: Folder, network: UNet2DConditionModel, alpha: floa
     """Write both files. diffusers' has rank and alpha in its header, kohya's an `.alpha` beside a layer's weights."""
     folder.mkdir(parents=True, exist_ok=True)
     adapters = {name: weight.detach().cpu().contiguous() for name, weight in _adapters(network).items()}
-    metadata = network.peft_config["default"].to_dict()
+    described = network.peft_config["default"].to_dict()
+    # A set's order differs from process to process: sorted, the same adapter is the same bytes.
+    metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in described.items()}
     base.pipeline_class.save_lora_weights(folder, unet_lora_layers=adapters, unet_lora_adapter_metadata=metadata)
     converted = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in adapters.items()})
     for name in converted:

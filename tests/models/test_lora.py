@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.config.inputs import LoRAConfig, ModelConfig
@@ -129,6 +130,15 @@ def test_an_adapter_keeps_its_names_of_kohya(folders, tmp_path):
     assert {f"{layer}.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")} <= names
 
 
+def test_the_layers_that_are_named_in_the_file_have_an_order(folders, tmp_path):
+    """peft holds them as a set, in whose own order the same adapter would be other bytes in each process."""
+    kind = trained(load(folders["sd"], target_modules=EVERYTHING))
+    kind.save(tmp_path / "lora")
+    with safe_open(tmp_path / "lora" / lora_files.DIFFUSERS, "pt") as file:
+        named = json.loads(file.metadata()["lora_adapter_metadata"])["unet.target_modules"]
+    assert named == sorted({ending for group in GROUPS.values() for ending in group})
+
+
 @pytest.mark.parametrize("file", [lora_files.DIFFUSERS, lora_files.KOHYA])
 @pytest.mark.parametrize("fault", ["a bit", "alpha", "a layer"])
 def test_a_file_that_does_something_else_is_found(folders, tmp_path, monkeypatch, file, fault):
@@ -147,8 +157,6 @@ def test_a_file_that_does_something_else_is_found(folders, tmp_path, monkeypatch
         elif file == lora_files.KOHYA:
             weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".alpha")}
         if file == lora_files.DIFFUSERS and fault != "alpha":
-            from safetensors import safe_open
-
             metadata = safe_open(folder / file, "pt").metadata()
         save_file(weights, folder / file, metadata)
 
