@@ -13,11 +13,19 @@ from safetensors import SafetensorError
 from finetune.core.errors import UserError
 
 LARGER_CACHE = "or set HF_DATASETS_CACHE to a larger disk"  # the advice of `require_room` on the cache
+_RESUME = (
+    "free some space or set another output_dir. Complete checkpoints are untouched; run the same command again to "
+    "resume from the newest one"
+)
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write a file or folder of a run into one line that names it.
+def writing(path: Path, what: str = "", advice: str = _RESUME) -> Iterator[None]:
+    """Turn a failure to write a file or folder into one line that names it.
+
+    Args:
+        what: begins the line, before the path.
+        advice: what to do; without it that for a run's own files.
 
     Raises:
         UserError: if it could not be written (a full disk, a quota, a read-only file system).
@@ -33,11 +41,7 @@ def writing(path: Path) -> Iterator[None]:
         free = ""
         with suppress(OSError):
             free = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
-        raise UserError(
-            f"{path}: cannot be written ({reason}{free}); free some space or set another output_dir. Complete "
-            "checkpoints are untouched; run the same command again to resume from the newest one",
-            exit_code=1,
-        ) from error
+        raise UserError(f"{what}{path}: cannot be written ({reason}{free}); {advice}", exit_code=1) from error
 
 
 def require_room(what: str, folder: Path, needed: int, content: str, advice: str) -> None:

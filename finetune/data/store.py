@@ -8,8 +8,8 @@ import hashlib
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from finetune.core import files
 from finetune.core.errors import UserError
-from finetune.core.files import permit
+from finetune.core.files import LARGER_CACHE, permit
 from finetune.core.kind import Fields
 
 FORMAT = 1  # bump it when what is stored changes
@@ -34,22 +35,10 @@ def key(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn a failure to write a folder of the cache into one line that names it.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(
-            f"encodings: {folder}: cannot be written ({reason}); free some space, or set HF_DATASETS_CACHE to a larger "
-            "disk, and run the same command again: what is encoded stays",
-            exit_code=1,
-        ) from error
+def writing(folder: Path) -> AbstractContextManager[None]:
+    """Turn a failure to write a folder of the cache into one line that names it; raises UserError."""
+    advice = f"free some space, {LARGER_CACHE}, and run the same command again: what is encoded stays"
+    return files.writing(folder, "encodings: ", advice)
 
 
 class Store:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -147,6 +148,7 @@ class ImageSampler:
         each = everything.split([image.numel() for image in images])
         return [pixels.view(image.shape).numpy() for pixels, image in zip(each, images, strict=True)]
 
+    @cached_property
     def _ddim(self) -> DDIMScheduler:
         ddim = DDIMScheduler.from_config(self.kind.noise_scheduler.config)
         ddim.set_timesteps(self.inference_steps)
@@ -154,17 +156,16 @@ class ImageSampler:
 
     def _denoised(self, x: torch.Tensor, conditions: Arguments, guidance_scale: float) -> torch.Tensor:
         """What DDIM makes of starting noise, (b, C, H, W)."""
-        ddim = self._ddim()
-        for timestep in ddim.timesteps:
+        for timestep in self._ddim.timesteps:
             self.check()
             output = self._predict(x, timestep, conditions, guidance_scale)
             # DDIM that clips the image has to derive the noise from the clipped image, or guidance ruins it.
-            x = ddim.step(output, timestep, x, use_clipped_model_output=self.kind.conditional).prev_sample
+            x = self._ddim.step(output, timestep, x, use_clipped_model_output=self.kind.conditional).prev_sample
         return x
 
     def _pass_idly(self) -> None:
         """As many steps, while other processes draw the last chunks."""
-        for _ in self._ddim().timesteps:
+        for _ in self._ddim.timesteps:
             self.check()
             pass_idly(self.kind)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from finetune.core.distributed import together
-from finetune.core.errors import UserError, first_few, first_line
+from finetune.core.errors import UserError, first_line
 from finetune.core.files import permit, writing
 from finetune.core.groups import gathered
 from finetune.run import manifest, shards
@@ -50,8 +50,7 @@ def share_weights_between_setups(accelerator: Accelerator) -> None:
     def before_load(models: list[torch.nn.Module], input_dir: str) -> None:
         (model,) = map(bare, models)
         saved, expected = load_file(Path(input_dir, "model.safetensors")), _not_frozen(model)
-        if different := saved.keys() ^ expected.keys():
-            raise ValueError(f"weights of other names: {first_few(sorted(different))}")
+        shards.check_names(saved, expected)
         model.load_state_dict(saved, strict=False)
         models.clear()  # Accelerate has nothing left to load
 

@@ -97,7 +97,7 @@ def load(files: Path, weights: Weights, optimizer: torch.optim.Optimizer, ema: E
 def _load_parts(files: Path, weights: Weights, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
     reader = HuggingFaceStorageReader(str(files))
     saved = reader.read_metadata().state_dict_metadata
-    _check_names({name.removeprefix("model.") for name in saved if name.startswith("model.")}, weights)
+    check_names({name.removeprefix("model.") for name in saved if name.startswith("model.")}, weights)
     for name, tensor in saved.items():
         if not isinstance(tensor, TensorStorageMetadata) or not _complete(tensor):
             raise ValueError(f"{name}: parts that do not add up to it")
@@ -142,7 +142,7 @@ def load_whole(file: Path, weights: Weights, targets: Iterable[Tensor]) -> None:
         ValueError: if the file's tensors have other names or shapes than the weights.
     """
     saved = load_file(file)
-    _check_names(saved.keys(), weights)
+    check_names(saved.keys(), weights)
     for target, (name, weight) in zip(targets, weights.items(), strict=True):
         target.copy_(_part(saved[name], weight))
 
@@ -175,7 +175,8 @@ def _set_moments(optimizer: torch.optim.Optimizer, moments: Mapping[torch.nn.Par
             optimizer.state[weight] = tensors
 
 
-def _check_names(saved: Iterable[str], weights: Weights) -> None:
+def check_names(saved: Iterable[str], weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if a checkpoint's tensors have other names than the weights."""
     if different := {*saved} ^ weights.keys():
         raise ValueError(f"weights of other names: {first_few(sorted(different))}")
 

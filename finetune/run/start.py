@@ -2,12 +2,10 @@
 
 import shutil
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from pydantic import TypeAdapter
 
 from finetune.config.load import to_yaml
 from finetune.config.schema import Config
@@ -26,11 +24,9 @@ from finetune.run.folder import Lock, require_shared
 from finetune.run.report import Report
 from finetune.run.run import Run
 from finetune.run.starting_point import Start
-from finetune.run.state import Change, Length, RunState, differences
+from finetune.run.state import Change, Length, RunState, differences, from_json
 from finetune.run.summary import hyperparameters
 from finetune.training.metrics import Meters
-
-T = TypeVar("T")
 
 
 def start_run(
@@ -122,7 +118,7 @@ def _restore(
     """
     with checkpoint.untrusted(folder) as files:
         saved = checkpoint.read_run_state(files)
-        state, meters = _checked(RunState, saved["state"]), _checked(Meters, saved["meters"])
+        state, meters = from_json(RunState, saved["state"]), from_json(Meters, saved["meters"])
         if is_sharded(kind.network) or shards.written(files):
             shards.load(files, kind.trainable(), optimizer, ema)
             accelerator.step = 0
@@ -134,11 +130,6 @@ def _restore(
         if ema is not None:
             ema.optimization_step = state.updates
         return state, meters, differences(saved["config"], config.model_dump(mode="json"))
-
-
-def _checked(kind: type[T], values: object) -> T:
-    """A dataclass from JSON, the inverse of `dataclasses.asdict`; raises ValueError for fields of other types."""
-    return TypeAdapter(kind).validate_python(values)
 
 
 def _copy_metrics(folder: Path, config: Config) -> None:

@@ -16,7 +16,7 @@ from finetune.core.kind import Kind
 from finetune.run import checkpoint
 from finetune.run.checkpoints import Checkpoints
 from finetune.run.folder import check_folder
-from finetune.run.state import Change, Length, RunState, differences, identity
+from finetune.run.state import Change, Length, RunState, differences, from_json, identity
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _check_same_run(folder: Path, own_identity: dict[str, Any], length: Length) 
                 *(f"{folder} is of another run: {change}{_meaning(change)}" for change in changed),
                 "set another output_dir to start a new run, or the former values to resume this one",
             )
-        step = RunState(**saved["state"]).step
+        step = from_json(RunState, saved["state"]).step
     if step > length.total_steps:
         raise UserError(
             f"training: found a length of {length.total_steps} updates, but {folder} is past it, at step {step}; set "

@@ -2,11 +2,15 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import TypeAdapter
 
 from finetune.config.schema import Config
 from finetune.core.batch import window_range, windows_per_epoch
 from finetune.core.kind import Kind
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -71,6 +75,11 @@ class Length:
         """Images in the first `step` windows."""
         epochs, windows = self.place(step)
         return epochs * self.num_images + windows * self.global_batch_size
+
+
+def from_json(kind: type[T], values: object) -> T:
+    """A dataclass from JSON, the inverse of `dataclasses.asdict`; raises ValueError for fields of other types."""
+    return TypeAdapter(kind).validate_python(values)
 
 
 def identity(config: Config, data_fingerprint: str, kind: Kind, global_batch_size: int) -> dict[str, Any]:

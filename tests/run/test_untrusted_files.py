@@ -106,13 +106,16 @@ def one_value(tensor):
         (wrong_average, lambda tensor: torch.zeros(1)),
         (wrong_average, lambda tensor: torch.cat([tensor, tensor])),
         (wrong_state, lambda saved: saved["state"].update(seconds="x")),
+        (wrong_state, lambda saved: saved["state"].update(step="x")),
+        (wrong_state, lambda saved: saved.update(identity=[])),
         (wrong_state, lambda saved: saved["meters"]["epoch"].update(total="x")),
         (wrong_state, lambda saved: saved["meters"]["smoothed"].update(images=[1])),
         (wrong_state, lambda saved: saved["meters"]["smoothed"]["trend"].update(covariance=[1.0])),
     ],
     ids=[
         *("short moment", "moment of one value", "no second moment", "average of one value", "long average"),
-        *("state of another type", "sum of another type", "counts without baselines", "short covariance"),
+        *("state of another type", "step of another type", "identity of another type", "sum of another type"),
+        *("counts without baselines", "short covariance"),
     ],
 )
 def test_a_checkpoint_whose_contents_do_not_fit_is_refused_in_one_line(base, newest, write, change):
