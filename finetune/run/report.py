@@ -71,8 +71,8 @@ class Progress:
             disable=not (shown and sys.stderr.isatty()),
             dynamic_ncols=True,
         )
-        self._started = self._written = clock()
-        self._first_step = step
+        self._written = clock()
+        self._first: tuple[int, float] | None = None  # the first step that was done, and when
 
     def advance(self, epoch: str, figures: str) -> None:
         """One step is done; `epoch` and `figures` are shown beside it."""
@@ -81,11 +81,14 @@ class Progress:
         self.bar.set_postfix_str(figures, refresh=False)
         self.bar.update()
         now = self.clock()
+        first_step, since = self._first = self._first or (self.step, now)  # what came before it may be an evaluation
         due = now - self._written >= LINE_SECONDS or self.step == self.total_steps
         if self.bar.disable and self.shown and due:
             self._written = now
-            left = (now - self._started) / (self.step - self._first_step) * (self.total_steps - self.step)
-            remaining = f", {duration(left)} left" if self.step < self.total_steps else ""
+            remaining = ""
+            if first_step < self.step < self.total_steps:
+                left = (now - since) / (self.step - first_step) * (self.total_steps - self.step)
+                remaining = f", {duration(left)} left"
             self.say(f"step {self.step}/{self.total_steps}, epoch {epoch}: {figures}{remaining}")
 
     def say(self, text: str) -> None:

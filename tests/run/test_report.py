@@ -82,8 +82,18 @@ def test_without_a_terminal_a_line_is_printed_every_half_minute(capsys):
 def test_a_resumed_run_counts_its_own_steps_for_the_time_that_is_left(capsys):
     now = [100.0]
     progress = Progress(990, 1000, True, lambda: now[0])
+    advance(progress, 2, 40, now)
+    assert capsys.readouterr().out.splitlines()[-1] == "step 992/1000, epoch 1/2: loss 0.5000, 5 min left"  # 8 x 40 s
+
+
+def test_an_evaluation_before_the_first_step_does_not_count_for_the_time_that_is_left(capsys):
+    """An hour of evaluation and 300 steps of 40 s are not 300 hours."""
+    now = [0.0]
+    progress = Progress(0, 300, True, lambda: now[0])
+    advance(progress, 1, 3600, now)
+    assert capsys.readouterr().out == "step 1/300, epoch 1/2: loss 0.5000\n"  # how long a step takes is not known yet
     advance(progress, 1, 40, now)
-    assert capsys.readouterr().out == "step 991/1000, epoch 1/2: loss 0.5000, 6 min left\n"  # 9 x 40 s
+    assert capsys.readouterr().out == "step 2/300, epoch 1/2: loss 0.5000, 3 h 19 min left\n"  # 298 x 40 s
 
 
 def test_on_a_terminal_there_is_a_bar_and_no_lines(monkeypatch, capsys):
