@@ -1,4 +1,4 @@
-"""Whether a model can be trained as it is: its settings, the shapes of its output, and whether that is finite."""
+"""Whether a model can be trained as it is: its settings, and what its network predicts before any training."""
 
 import inspect
 from difflib import get_close_matches
@@ -58,46 +58,36 @@ def _fits(value: Any, kinds: list[Any]) -> bool:
     return type(value) in kinds or (type(value) is int and float in kinds)
 
 
-def check_forward(shapes: ModelMixin, clean: torch.Tensor, conditions: Arguments, problem: str) -> None:
-    """Not all blocks that can be built fit together; tried on tensors without memory.
+@torch.no_grad()
+def check_prediction(
+    network: ModelMixin, noise_scheduler: DDPMScheduler, clean: torch.Tensor, conditions: Arguments, problem: str
+) -> None:
+    """Not all blocks that can be built fit together, some settings divide by zero, and weights may be damaged.
+
+    Tried at the first and at the last timestep.
 
     Args:
-        shapes: a copy of the network on the meta device, like the tensors.
-        problem: what the network cannot do then, the start of the error.
+        clean: one input of few pixels, with its conditions.
+        problem: what a network cannot do whose blocks do not fit, the start of the error.
 
     Raises:
-        UserError: if the network fails, or its output is of another shape than its input.
-    """
-    with torch.device("meta"):
-        try:
-            output = predict(shapes, clean, torch.zeros(len(clean), dtype=torch.long), conditions)
-        except Exception as error:  # whatever a block does with a tensor that it was not made for
-            raise UserError(f"{problem}: {first_line(error)}") from error
-    if output.shape != clean.shape:
-        raise UserError(f"{problem}: it maps {tuple(clean.shape)} to {tuple(output.shape)}")
-
-
-@torch.no_grad()
-def check_finite(
-    network: ModelMixin, noise_scheduler: DDPMScheduler, clean: torch.Tensor, conditions: Arguments
-) -> None:
-    """Some settings divide by zero, and weights may be damaged; tried at the first and the last timestep.
-
-    Args:
-        clean: two inputs of few pixels, with their conditions.
+        UserError: if the network fails, or its output is of another shape than its input or not finite.
     """
     last = noise_scheduler.config.num_train_timesteps - 1
     network.eval()
     try:
-        output = predict(network, clean, torch.tensor([0, last]), conditions)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return  # the memory plan has better advice
+        outputs = [predict(network, clean, torch.tensor([timestep]), conditions) for timestep in (0, last)]
+    except Exception as error:  # whatever a block does with a tensor that it was not made for
+        if is_out_of_memory(error):
+            return  # the memory plan has better advice
+        raise UserError(f"{problem}: {first_line(error)}") from error
     finally:
         network.train()
-    if not output.isfinite().all():
-        raise UserError(
-            f"model: the network's prediction is not finite at timestep 0 or {last}, before any training; expected "
-            "finite weights, and settings that do not divide by zero (freq_shift, mid_block_scale_factor, norm_eps)"
-        )
+    for output in outputs:
+        if output.shape != clean.shape:
+            raise UserError(f"{problem}: it maps {tuple(clean.shape)} to {tuple(output.shape)}")
+        if not output.isfinite().all():
+            raise UserError(
+                f"model: the network's prediction is not finite at timestep 0 or {last}, before any training; expected "
+                "finite weights, and settings that do not divide by zero (freq_shift, mid_block_scale_factor, norm_eps)"
+            )

@@ -88,12 +88,11 @@ class LoRA(StableDiffusion):
 
     def _probe(self) -> tuple[torch.Tensor, Arguments]:
         """Inputs on which two networks are compared, of the fewest latents that the UNet can halve."""
-        example, generator = self.encoded_example(1, self.shapes[0]), torch.Generator().manual_seed(0)
+        example = self.encoded_example(1, fewest_pixels(self.shapes, self.divisor))
+        generator = torch.Generator().manual_seed(0)
         for name in ("latents", *self._encoders.text_fields):
             example[name] = torch.randn(example[name].shape, generator=generator)
-        latents, conditions = self.inputs(example)
-        side = fewest_pixels(self.network, latents.shape[-1])
-        return latents[..., :side, :side], conditions
+        return self.inputs(example)
 
     def usage(self, inference_steps: int, prompt: str) -> str:
         """How the exported adapter is used, in Markdown."""

@@ -10,11 +10,11 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from finetune.core.kind import Arguments, Batch, Embed, ImageFormat
 from finetune.core.shapes import Shape
-from finetune.models.checks import check_forward
+from finetune.models.checks import check_prediction
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders
 from finetune.models.hub import DESCRIPTIONS, file_bytes, write_pipeline
-from finetune.models.unet import blocks, settings_of, without_weights
+from finetune.models.unet import blocks, fewest_pixels, narrowest, settings_of, without_weights
 
 USAGE = """\
 ```python
@@ -55,8 +55,8 @@ class StableDiffusion:
 
     def train_shapes(self, shapes: list[Shape]) -> None:
         """Train pictures of these shapes; raises UserError if the UNet cannot take the latents of one of them."""
-        for shape in set(shapes) - {*self.shapes}:
-            check_shape(self, shape)
+        if fewest_pixels(shapes, self.divisor) != fewest_pixels(self.shapes, self.divisor):
+            check_shapes(self, shapes)
         self.shapes = shapes
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
@@ -182,10 +182,9 @@ def quoted(prompt: str) -> str:
     return prompt.replace("\\", "").replace('"', "'")
 
 
-def check_shape(kind: StableDiffusion, shape: Shape) -> None:
-    """Raises UserError if the UNet cannot take the latents of pictures of a shape."""
-    with torch.device("meta"):
-        example = {name: tensor.to("meta") for name, tensor in kind.encoded_example(1, shape).items()}
-        clean, conditions = kind.inputs(example)
-    problem = f"model: the UNet of {kind.folder.name} cannot denoise the latents of images of {shape} pixels"
-    check_forward(kind.without_memory(), clean, conditions, problem)
+def check_shapes(kind: StableDiffusion, shapes: Sequence[Shape]) -> None:
+    """Raises UserError if the UNet cannot take the latents of one of these shapes, or predicts what is not finite."""
+    clean, conditions = kind.inputs(kind.encoded_example(1, fewest_pixels(shapes, kind.divisor)))
+    tried = narrowest(shapes)
+    problem = f"model: the UNet of {kind.folder.name} cannot denoise the latents of images of {tried} pixels"
+    check_prediction(kind.network, kind.noise_scheduler, clean, conditions, problem)

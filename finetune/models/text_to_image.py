@@ -8,13 +8,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
-from finetune.models.checks import check_finite
 from finetune.models.components import Folder
 from finetune.models.encoders import PipelineEncoders
 from finetune.models.lora import DTYPES, LoRA, add_adapters
 from finetune.models.noise_schedulers import build_noise_scheduler, check_scheduler
-from finetune.models.stable_diffusion import StableDiffusion, check_shape
-from finetune.models.unet import fewest_pixels, outline, own_resolution
+from finetune.models.stable_diffusion import StableDiffusion, check_shapes
+from finetune.models.unet import outline, own_resolution
 
 
 class StableDiffusionOutline:
@@ -82,7 +81,7 @@ class StableDiffusionOutline:
             network.enable_gradient_checkpointing()
         parts = self.folder, network, self.noise_scheduler, encoders, self.made_for, self.resolution
         kind = StableDiffusion(*parts) if self.config.lora is None else LoRA(self.config.lora, seed, *parts)
-        _check_network(kind)
+        check_shapes(kind, kind.shapes)
         return kind
 
 
@@ -130,10 +129,3 @@ def _check_unet(network: UNet2DConditionModel, encoders: PipelineEncoders, folde
             f"model.pretrained: {folder.name}: found a UNet with cross_attention_dim {widths}; expected {width}, the "
             "width of what the text encoders make"
         )
-
-
-def _check_network(kind: StableDiffusion) -> None:
-    check_shape(kind, kind.shapes[0])
-    clean, conditions = kind.inputs(kind.encoded_example(2, kind.shapes[0]))
-    side = fewest_pixels(kind.network, clean.shape[-1])
-    check_finite(kind.network, kind.noise_scheduler, clean[:, :, :side, :side], conditions)

@@ -10,11 +10,11 @@ from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 from finetune.config.inputs import ModelConfig
 from finetune.core.kind import Arguments, Batch, Embed, Encoders, ImageFormat
 from finetune.core.shapes import Shape
-from finetune.models.checks import check_finite, check_forward, check_settings
+from finetune.models.checks import check_prediction, check_settings
 from finetune.models.hub import DESCRIPTIONS, file_bytes, variant, write_pipeline
 from finetune.models.noise_schedulers import build_noise_scheduler
 from finetune.models.pixel_unet import build_unet, check_unet, load_unet, read_pretrained, training_resolution
-from finetune.models.unet import blocks, fewest_pixels, outline, own_resolution, settings_of, without_weights
+from finetune.models.unet import blocks, fewest_pixels, narrowest, outline, own_resolution, settings_of, without_weights
 
 USAGE = """\
 ```python
@@ -55,8 +55,8 @@ class Unconditional:
 
     def train_shapes(self, shapes: list[Shape]) -> None:
         """Train pictures of these shapes; raises UserError if the network cannot take one of them."""
-        for shape in set(shapes) - {*self.shapes}:
-            _check_shape(self, shape)
+        if fewest_pixels(shapes, self.divisor) != fewest_pixels(self.shapes, self.divisor):
+            _check_shapes(self, shapes)
         self.shapes = shapes
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, Arguments]:
@@ -152,8 +152,6 @@ class UnconditionalOutline:
         self.made_for = own_resolution(unet.config.sample_size)
         unet.register_to_config(sample_size=training_resolution(unet, resolution))
         self.network = unet
-        kind = self._kind(unet)
-        _check_shape(kind, kind.shapes[0])
 
     def _kind(self, network: UNet2DModel) -> Unconditional:
         if self.pretrained is None:
@@ -172,21 +170,14 @@ class UnconditionalOutline:
         if self.config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         kind = self._kind(unet.train())
-        side = fewest_pixels(unet, kind.image_format.resolution)
-        clean = torch.zeros(2, kind.image_format.channels, side, side)
-        check_finite(unet, self.noise_scheduler, clean, _unnamed_classes(unet, 2))
+        _check_shapes(kind, kind.shapes)
         return kind
 
 
-def _check_shape(kind: Unconditional, shape: Shape) -> None:
-    """Raises UserError if the network cannot take pictures of a shape."""
-    with torch.device("meta"):
-        shapes = kind.without_memory()
-        clean, _ = kind.inputs(kind.example(1, shape))
-        problem = f"model: a UNet2DModel of this config cannot denoise images of {shape} pixels"
-        check_forward(shapes, clean, _unnamed_classes(shapes, 1), problem)
-
-
-def _unnamed_classes(network: UNet2DModel, count: int) -> Arguments:
-    """Where the network has an embedding of classes, which are named later: the first one."""
-    return {} if network.class_embedding is None else {"class_labels": torch.zeros(count, dtype=torch.long)}
+def _check_shapes(kind: Unconditional, shapes: Sequence[Shape]) -> None:
+    """Raises UserError if the network cannot take pictures of one of these shapes, or predicts what is not finite."""
+    clean, _ = kind.inputs(kind.example(1, fewest_pixels(shapes, kind.divisor)))
+    # Where the network has an embedding of classes, which are named later: the first one.
+    conditions = {} if kind.network.class_embedding is None else {"class_labels": torch.zeros(1, dtype=torch.long)}
+    problem = f"model: a UNet2DModel of this config cannot denoise images of {narrowest(shapes)} pixels"
+    check_prediction(kind.network, kind.noise_scheduler, clean, conditions, problem)

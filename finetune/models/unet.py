@@ -1,5 +1,6 @@
 """What the UNets of all kinds have in common: their outline without weights, their parts and their sizes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 
 from finetune.core.errors import UserError, first_line
+from finetune.core.shapes import Shape
 
 _INNER = ResnetBlock2D, ResnetBlockCondNorm2D, BasicTransformerBlock
 
@@ -53,9 +55,19 @@ def settings_of(component: Any) -> dict[str, Any]:
     return {key: value for key, value in component.config.items() if not key.startswith("_")}
 
 
-def fewest_pixels(network: ModelMixin, side: int) -> int:
-    """Pixels a side that leave two at the network's lowest level: enough to try it; `side` if that is fewer."""
-    return int(min(side, 2 ** len(network.config.block_out_channels)))
+def narrowest(shapes: Sequence[Shape]) -> Shape:
+    """The shape with the shortest side; of two, the smaller.
+
+    A network that takes it takes all of them, if its divisor divides their sides: its layers treat height and width
+    alike, and what they refuse is too small for them.
+    """
+    return min(shapes, key=sorted)
+
+
+def fewest_pixels(shapes: Sequence[Shape], divisor: int) -> Shape:
+    """As much of the narrowest as is enough to try a network: two pixels a side at its lowest level, or one if it has
+    no more there."""
+    return Shape(*(min(side, 2 * divisor) for side in narrowest(shapes)))
 
 
 def own_resolution(sample_size: int | list[int] | tuple[int, int] | None) -> int | None:

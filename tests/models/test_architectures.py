@@ -2,17 +2,20 @@
 
 import copy
 import inspect
+import itertools
 import re
 
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets import unet_2d_blocks
 
 from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError
+from finetune.core.shapes import Shape
 from finetune.models.load import load_kind
+from finetune.models.unet import narrowest
 from finetune.training.compute import flops_per_image
 from harness.compare import unequal
 from harness.configs import UNET
@@ -129,6 +132,30 @@ def test_its_operations_are_those_of_its_layers(name):
         assert expected < counted < 1.2 * expected
     else:
         assert counted == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_network_that_takes_the_narrowest_shape_takes_all(name):
+    network = UNet2DModel(**WIDE | TRAINED[name])
+    shapes = [Shape(2 * height, 2 * width) for height, width in itertools.product(range(1, 5), repeat=2)]
+
+    def is_taken(shape):
+        sample = torch.zeros(1, 3, *shape)
+        try:
+            return network(sample, torch.tensor([0])).sample.shape == sample.shape
+        except (RuntimeError, ValueError):
+            return False
+
+    refused = [shape for shape in shapes if not is_taken(shape)]
+    if "K blocks" in name:  # reflect a row and a column, and need two of each where pixels are fewest
+        assert refused == [shape for shape in shapes if 2 in shape]
+    elif "AttnSkip" in name:  # normalise each channel, which takes more than one pixel
+        assert refused == [Shape(2, 2)]
+    else:
+        assert refused == []
+    for some in itertools.combinations(shapes, 2):
+        assert (narrowest(some) in refused) == any(shape in refused for shape in some)
 
 
 def test_every_block_of_diffusers_is_here():

@@ -204,7 +204,7 @@ def test_pictures_of_many_shapes(folder):
             [8, 8, 0, 0, 8, 8]
         ]
     with pytest.raises(UserError, match=r"the UNet of .* cannot denoise the latents of images of 1 x 8 pixels"):
-        kind.train_shapes([Shape(8, 1)])
+        kind.train_shapes([Shape(8, 8), Shape(8, 1), Shape(12, 8)])
 
 
 def test_images_of_another_shape_are_encoded_and_decoded_as_the_pipeline_does(folder):
