@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from finetune.config.load import load_config
 from finetune.models.load import outline_kind
 from finetune.run.board import PLACES, place
 from harness.configs import ROOT, write_config
+from harness.processes import run
 
 README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,7 +27,7 @@ MAIN_JOB = (
 )
 BASE = "accelerate launch train.py --config configs/digits-base.yaml"
 TEXT = "accelerate launch --quiet train.py --config configs/digits-text.yaml"
-SHORT = "training.max_train_steps=2 samples.count=0"
+SHORT = "training.max_train_steps=2 samples.count=0 validation.images=8"
 PRINTED = {  # command -> what it prints; the trainings are cut short
     f"{BASE} {SHORT}": "Finished: runs/digits-base",
     f"{TEXT} {SHORT}": "Finished: runs/digits-text",
@@ -160,12 +160,13 @@ def test_command(command, checkout):
 
 
 @pytest.mark.slow
-def test_exported_pipeline_is_used_as_shown(main_job, checkout):
+def test_exported_pipeline_is_used_as_shown(main_job, checkout, tmp_path):
     assert "Finished: runs/digits-classes" in main_job
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert output(f"python -c {shlex.quote(snippet + 'print(len(images), images[0].size)')}", checkout) == (
-        "3 (16, 16)\n"
-    )
+    script = checkout / "snippet.py"
+    script.write_text(snippet + "print(len(images), images[0].size)")
+    printed = run(folder=tmp_path, before=lambda: os.chdir(checkout), script=script)
+    assert printed.stdout == "3 (16, 16)\n", printed
 
 
 @pytest.mark.slow
@@ -202,8 +203,9 @@ def test_the_reference_has_a_row_for_each_key():
 
 
 @pytest.mark.slow
-def test_config_reference_is_current(checkout):
-    output(REFERENCE, checkout)
+def test_config_reference_is_current(checkout, tmp_path):
+    script = checkout / REFERENCE.removeprefix("python ")
+    assert run(folder=tmp_path, script=script).returncode == 0
     assert (checkout / "docs/config.md").read_text() == (ROOT / "docs/config.md").read_text()
 
 

@@ -102,7 +102,7 @@ def saved(network: PreTrainedModel, folder: Path) -> str:
 
 def main(short: bool) -> None:
     if short:
-        OVERRIDES.append("validation.images=8")
+        OVERRIDES.extend(["validation.images=8", "training.global_batch_size=16"])
     each, images, steps = (2, 20, 2) if short else (20, 200, 40)
     updates, early, draws = (4, 2, 4) if short else (300, 100, 20)
 

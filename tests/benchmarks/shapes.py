@@ -125,12 +125,12 @@ def waiting(sizes: list[tuple[int, int]], count: int, short: bool, rng: np.rando
             row(f"{resolution}, {divisor}", str(buckets), areas, f"{found[worst]:.1%}", at, f"{bound:.1%}")
 
 
-def compiled(base: Path, backend: str) -> None:
-    """A run on three shapes, compiled, beside the same run without: weights and seconds."""
+def compiled(base: Path, backend: str, shapes: int) -> None:
+    """A run on pictures of so many shapes, compiled, beside the same run without: weights and seconds."""
     pictures = write_shapes(base / "pictures", 27)
     found = {}
     for name in ("no", backend):
-        config = tiny_config(pictures, base / name, data__buckets=SHAPES[:3], data__random_flip=True)
+        config = tiny_config(pictures, base / name, data__buckets=SHAPES[:shapes], data__random_flip=True)
         file = write_config(base / f"{name}.yaml", config)
         started = time.perf_counter()
         # Nothing that was compiled earlier, and the setting that the check of compiled gradients would find.
@@ -139,7 +139,7 @@ def compiled(base: Path, backend: str) -> None:
             run_configs(1, {"float32": [file]}, base / "log", **environment)
         found[name] = time.perf_counter() - started
     apart = relative_difference(*(weights(base / name, 8) for name in found))
-    head(f"8 updates on 3 shapes, compiled by {backend}", "seconds", "seconds without", "weights apart")
+    head(f"8 updates on {shapes} shapes, compiled by {backend}", "seconds", "seconds without", "weights apart")
     row("UNet of 0.02 M", *(f"{found[name]:.0f}" for name in (backend, "no")), f"{apart:.1e}")
 
 
@@ -248,6 +248,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with FOLDER:
         if arguments.compile:
-            compiled(Path(FOLDER.name), "eager" if arguments.short else "inductor")
+            compiled(Path(FOLDER.name), *(("eager", 2) if arguments.short else ("inductor", 3)))
         else:
             main(arguments.pictures, arguments.short)

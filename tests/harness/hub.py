@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,15 @@ class Hub:
     """
 
     def __init__(self, repositories: dict[str, Path]):
-        self.repositories, self.fetched = repositories, set[str]()
+        self.repositories, self.fetched, self._connections = repositories, set[str](), list[socket.socket]()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self):
+                super().setup()
+                hub._connections.append(self.connection)
 
             def do_HEAD(self):
                 self._answer(*hub.answer(self.path, head=True), head=True)
@@ -95,8 +100,12 @@ class Hub:
         return 200, json.dumps(content).encode(), "application/json"
 
     def stop(self) -> None:
+        """Accept no more connections, and end those that clients keep open."""
         self._server.shutdown()
         self._server.server_close()
+        for connection in self._connections:
+            with suppress(OSError):  # it has ended
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def _digest(content: bytes) -> str:

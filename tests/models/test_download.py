@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -54,17 +55,29 @@ def repositories(full, tmp_path_factory):
 
 FETCH = """
 import sys, time
+from finetune.core.errors import UserError
 from finetune.models.hub import pipeline_folder
 time.sleep = lambda seconds: None  # between the client's retries
-print(*map(pipeline_folder, sys.argv[1:]), sep="\\n")
+for name in map(str.strip, sys.stdin):
+    try:
+        print(pipeline_folder(name), flush=True)
+    except UserError as error:
+        print(*error.problems, flush=True)
 """
 
 
-def fetch(hub, home, *names):
-    """The folders of pipelines, by a client with a cache of its own."""
+@contextmanager
+def client(hub, home):
+    """A client with a cache of its own, as a function from a pipeline's name to its folder or to what is wrong."""
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": ROOT}
-    command = [sys.executable, "-c", FETCH, *names]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+    def ask(name):
+        print(name, file=process.stdin, flush=True)
+        return process.stdout.readline().strip()
+
+    with subprocess.Popen([sys.executable, "-c", FETCH], env=environment, **pipes) as process:
+        yield ask
 
 
 def files_below(folder):
@@ -74,9 +87,12 @@ def files_below(folder):
 @pytest.mark.slow
 def test_of_each_repository_the_files_are_fetched_that_are_loaded(repositories, tmp_path):
     names = {name: f"someone/{name}" for name in ("half", "both", "mixed")}
-    with serving({id: repositories / name for name, id in names.items()}) as hub:
-        done = fetch(hub, tmp_path, *names.values())
-    assert done.returncode == 0, done.stderr[-2000:]
+    with serving({id: repositories / name for name, id in names.items()}) as hub, client(hub, tmp_path) as fetch:
+        folders = [fetch(id) for id in names.values()]
+        hub.stop()
+        again = fetch("someone/half")
+        shutil.rmtree(tmp_path / "hub")
+        missing = fetch("someone/half")
     expected = {
         "half": {f"{file}.fp16.safetensors" for file in WEIGHTS},
         "both": {f"{file}.safetensors" for file in WEIGHTS},
@@ -87,11 +103,8 @@ def test_of_each_repository_the_files_are_fetched_that_are_loaded(repositories, 
         assert {file.removeprefix(f"someone/{name}/") for file in hub.fetched if f"/{name}/" in file} == (
             weights | CONFIGS
         )
-    again = fetch(hub, tmp_path, "someone/half")  # the hub is gone
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert again.stdout.split() == done.stdout.split()[:1]
-    missing = fetch(hub, tmp_path / "empty", "someone/half")
-    assert "'someone/half' is not a local folder, and the hub cannot be reached" in missing.stderr
+    assert again == folders[0]
+    assert "'someone/half' is not a local folder, and the hub cannot be reached" in missing
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import re
 import socket
 from contextlib import nullcontext
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -170,13 +171,28 @@ def planned_and_taken(folder, unet, size, micro):
     return planned, int(peak.read_text()) - int(start.read_text())
 
 
+PLANNED = {"mostly activations": (LARGER, 32, 64), "mostly weights": (HEAVIER, 8, 2)}
+
+
+def median_of_three(base):
+    """For each of these: where the allocator finds room makes the ratio differ by 4 % from run to run."""
+    found = {}
+    for name, case in PLANNED.items():
+        planned, taken = zip(*(planned_and_taken(base / f"{name}-{n}", *case) for n in range(3)), strict=True)
+        found[name] = median(planned), median(taken)
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    return in_new_process(median_of_three, tmp_path_factory.mktemp("measured"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("unet", "size", "micro"), [(LARGER, 32, 64), (HEAVIER, 8, 2)], ids=["mostly activations", "mostly weights"]
-)
-def test_the_plan_is_within_15_percent_of_what_a_run_takes(tmp_path, unet, size, micro):
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_plan_is_within_15_percent_of_what_a_run_takes(measured, name):
     """Of what both take beyond the libraries: whole processes are in tests/benchmarks/memory.py."""
-    planned, taken = in_new_process(planned_and_taken, tmp_path, unet, size, micro)
+    (planned, taken), (unet, _, micro) = measured[name], PLANNED[name]
     kind = kind_of(unet)
     assert taken > state_bytes(kind.network, averaged=True) + micro * activation_bytes(kind)
     assert planned == pytest.approx(taken, rel=0.15)
