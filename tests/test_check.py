@@ -105,10 +105,8 @@ def test_what_passes_the_check_runs_to_its_end(
 @pytest.mark.parametrize("flags", [("--check",), ()], ids=["check", "run"])
 def test_a_missing_compiler_is_found_before_the_start(tmp_path, flags):
     pictures = write_pictures(tmp_path / "pictures", 4)
-    one_level = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-    config = write_config(
-        tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run", model__unet=UNET | one_level)
-    )
+    unet = UNET | {"layers_per_block": 0, "mid_block_type": None, "add_attention": False}
+    config = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run", model__unet=unet))
     launch = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
 
     def without_compiler():

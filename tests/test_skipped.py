@@ -105,7 +105,7 @@ def test_a_skipped_update_does_not_advance_the_learning_rate(base, skipped):
 def test_skipped_updates_are_counted(base, skipped):
     counted = [line["train/skipped_updates"] for line in history(base / "run")]
     assert counted == [skipped[: step + 1].count(True) for step in range(STEPS)]
-    assert {int(count) for count in moments(base / "run", STEPS, "step").values()} == {skipped.count(False)}
+    assert {int(count) for count in moments(base / "run", STEPS)["step"].values()} == {skipped.count(False)}
     state = json.loads((base / "run" / f"checkpoint-{STEPS}" / "run_state.json").read_text())["state"]
     assert state["skipped"] == skipped.count(True)
 
@@ -150,7 +150,7 @@ def test_two_processes_skip_the_same_updates(base, tmp_path):
     assert 0 < skipped.count(True) < STEPS - 1
     for part in ("model", "ema"):
         assert [after[part] == before[part] for before, after in pairwise(main)] == skipped[1:]
-    assert {int(count) for count in moments(tmp_path / "run", STEPS, "step").values()} == {skipped.count(False)}
+    assert {int(count) for count in moments(tmp_path / "run", STEPS)["step"].values()} == {skipped.count(False)}
 
 
 def test_fp16_on_a_cpu_is_refused_in_one_line(base, tmp_path):

@@ -25,18 +25,19 @@ def weights(output_dir: Path, step: int, part: str = "model") -> dict[str, Tenso
     return assembled(folder, part) if is_sharded(folder) else load_file(folder / f"{part}.safetensors")
 
 
-def moments(output_dir: Path, step: int, name: str) -> dict[str, Tensor]:
-    """AdamW's `exp_avg`, `exp_avg_sq` or `step` of every parameter, by its number."""
-    folder = output_dir / f"checkpoint-{step}"
+def moments(output_dir: Path, step: int) -> dict[str, dict[str, Tensor]]:
+    """AdamW's `exp_avg`, `exp_avg_sq` and `step` of every parameter, by its number."""
+    folder, names = output_dir / f"checkpoint-{step}", ("exp_avg", "exp_avg_sq", "step")
     if is_sharded(folder):
-        found = assembled(folder, name)
         config = load_config(output_dir / "config.yaml")
         network = outline_kind(config.model, config.data.resolution).network
-        names = [weight for weight, _ in network.named_parameters() if weight in found]
-        names += sorted(found.keys() - {*names})  # of an embedding of classes, which comes last
-        return {str(index): found[weight] for index, weight in enumerate(names)}
-    state = torch.load(output_dir / f"checkpoint-{step}" / "optimizer.bin", weights_only=True)["state"]
-    return {str(index): tensors[name] for index, tensors in state.items()}
+        order = [weight for weight, _ in network.named_parameters()]
+        found = {name: assembled(folder, name) for name in names}
+        known = [weight for weight in order if weight in found["step"]]
+        known += sorted(found["step"].keys() - {*order})  # of an embedding of classes, which comes last
+        return {name: {str(index): found[name][weight] for index, weight in enumerate(known)} for name in names}
+    state = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
+    return {name: {str(index): tensors[name] for index, tensors in state.items()} for name in names}
 
 
 def history(output_dir: Path) -> list[dict]:
@@ -136,6 +137,5 @@ def differences(one: Path, other: Path, step: int) -> dict[str, float]:
         found[name] = max(abs(a - b) / abs(a) if a != b else 0.0 for a, b in pairs)
     for part in ("model", "ema"):
         found[part] = relative_difference(weights(one, step, part), weights(other, step, part))
-    for name in ("exp_avg", "exp_avg_sq", "step"):
-        found[name] = relative_difference(moments(one, step, name), moments(other, step, name))
-    return found
+    ours, theirs = moments(one, step), moments(other, step)
+    return found | {name: relative_difference(ours[name], theirs[name]) for name in ours}

@@ -59,10 +59,9 @@ def test_of_many_shapes_three_are_counted(tmp_path, monkeypatch, name):
     options = of_kind(name, tmp_path / "pictures").get("model", {"unet": ATTENTION})
     trained = load_kind(ModelConfig(**options), 8, 0)
     images = {Shape(8, 8): 5, Shape(8, 16): 1, Shape(16, 8): 2, Shape(8, 24): 3, Shape(24, 16): 1, Shape(32, 32): 7}
-    count, counted = compute._flops, []
-    exact = sum(number * count(trained, shape) for shape, number in images.items())
-    monkeypatch.setattr(compute, "_flops", lambda kind, shape: counted.append(shape) or count(kind, shape))
-    assert flops_per_image(trained, images) == round(exact / 19)
+    exact, counted = {shape: compute._flops(trained, shape) for shape in images}, []
+    monkeypatch.setattr(compute, "_flops", lambda kind, shape: counted.append(shape) or exact[shape])
+    assert flops_per_image(trained, images) == round(sum(images[shape] * exact[shape] for shape in images) / 19)
     assert [shape.area for shape in counted] == [64, 192, 1024]
 
 

@@ -89,8 +89,8 @@ def test_skip_leaves_out_the_update_and_counts_it(base, tmp_path):
     for part in ("model", "ema"):
         assert unequal(weights(run_dir, BAD, part), weights(run_dir, BAD - 1, part)) == []
         assert unequal(weights(run_dir, BAD + 1, part), weights(run_dir, BAD, part)) != []
-    for name in ("exp_avg", "exp_avg_sq", "step"):
-        assert unequal(moments(run_dir, BAD, name), moments(run_dir, BAD - 1, name)) == []
+    after, before = moments(run_dir, BAD), moments(run_dir, BAD - 1)
+    assert [name for name in before if unequal(after[name], before[name])] == []
     lines = history(run_dir)
     applied_before = [step - 1 if step <= BAD else step - 2 for step in range(1, STEPS + 1)]
     rates = [RATE * (1 - applied / STEPS) for applied in applied_before]

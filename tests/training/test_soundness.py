@@ -24,6 +24,8 @@ from harness.configs import UNET, tiny_config, write_config, write_pictures
 from harness.faults import at_call, skip_the_export
 from harness.processes import finish, run
 
+# Down by a convolution and up again: what is compiled of it takes seconds.
+SMALLEST = UNET | {"layers_per_block": 0, "mid_block_type": None, "add_attention": False}
 NOTE = "Note: the result of this run depends on its batch layout"
 STEPS = 2
 
@@ -172,7 +174,7 @@ SHAPES = [Shape(8, 8), Shape(8, 12), Shape(12, 8)]
 @pytest.fixture
 def shaped():
     """A network for three shapes; dynamo's settings are restored."""
-    kind = load_kind(ModelConfig(unet=UNET), None, 0)
+    kind = load_kind(ModelConfig(unet=SMALLEST), None, 0)
     kind.train_shapes(SHAPES)
     config = torch._dynamo.config
     kept = {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
@@ -219,12 +221,11 @@ def test_a_shape_is_compiled_once_for_all_lengths_and_once_for_single_images(sha
 
 @pytest.mark.slow
 def test_a_network_compiled_by_inductor_trains_to_the_uncompiled_weights(tmp_path):
-    """The smallest network whose gradients inductor gets wrong on a CPU with AMX, by a relative error of 0.3."""
-    unet = UNET | {"mid_block_type": None, "add_attention": False}
+    """The smallest network whose gradients inductor gets wrong on a CPU with AMX, by a relative error of 0.5."""
     pictures = write_pictures(tmp_path / "pictures", 8)
 
     def updates(name, **environment):
-        config = tiny_config(pictures, tmp_path / name, model__unet=unet)
+        config = tiny_config(pictures, tmp_path / name, model__unet=SMALLEST)
         file = write_config(tmp_path / f"{name}.yaml", config)
         done = finish("--config", file, folder=tmp_path, before=skip_the_export, seconds=1200, **environment)
         return weights(tmp_path / name, STEPS), done.stdout
