@@ -150,7 +150,7 @@ def starting(rounds: int, saved_step: int, short: bool) -> None:
 
 def saved(short: bool) -> tuple[dict, int]:
     """A network, and how often it is saved."""
-    return unet_config((8, 16), 8) if short else unet_config((64, 128, 176), 8), 2 if short else 8
+    return unet_config((8, 16), 8) if short else unet_config((64, 128, 176), 8), 1 if short else 8
 
 
 def main() -> None:

@@ -55,8 +55,11 @@ def test_with_nohup_a_run_outlives_its_terminal(config, tmp_path, command):
         process.send_signal(signal.SIGHUP)
     step = newest_step(tmp_path / "run")
     wait_for(lambda: newest_step(tmp_path / "run") > step + 20, job.main)
-    outcome, _ = job.end(SLURM, signal.SIGTERM)
+    outcome, seconds = job.end(SLURM, signal.SIGTERM)
     assert outcome.stdout.count("everything is saved") == 1, outcome
+    assert seconds < SLURM.seconds
+    (saved,) = valid_checkpoints(tmp_path / "run")
+    assert history(tmp_path / "run")[-1]["step"] == saved
 
 
 @pytest.mark.root
