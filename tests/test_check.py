@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch._inductor import config as inductor
 
 from harness.compare import history, valid_checkpoints
-from harness.configs import KINDS, UNET, of_kind, tiny_config, write_config, write_pictures
+from harness.configs import KINDS, SMALLEST, UNET, of_kind, tiny_config, write_config, write_pictures
 from harness.processes import run
 
 BLOCKS = st.sampled_from(["", "Attn", "Skip", "AttnSkip", "Resnet", "K"])
@@ -105,8 +105,7 @@ def test_what_passes_the_check_runs_to_its_end(
 @pytest.mark.parametrize("flags", [("--check",), ()], ids=["check", "run"])
 def test_a_missing_compiler_is_found_before_the_start(tmp_path, flags):
     pictures = write_pictures(tmp_path / "pictures", 4)
-    unet = UNET | {"layers_per_block": 0, "mid_block_type": None, "add_attention": False}
-    config = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run", model__unet=unet))
+    config = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run", model__unet=SMALLEST))
     launch = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
 
     def without_compiler():

@@ -142,7 +142,8 @@ def record(folder: Path, config: str, updates: int) -> list[tuple[np.ndarray, np
 
         Meters.add_window = recording
 
-    options = ["samples.count=0", "validation.images=8", f"training.max_train_steps={updates}"]
+    options = ["samples.count=0", "validation.images=8", "validation.every_steps=1000000"]
+    options += [f"training.max_train_steps={updates}"]
     options += [f"model.pretrained={ROOT / 'configs/digits-base'}"] if "base" not in config else []
     folder.mkdir(parents=True)
     finish(

@@ -20,12 +20,10 @@ from finetune.training import soundness
 from finetune.training.soundness import check_compiled, layout_dependent_layers
 from finetune.training.window import Window
 from harness.compare import relative_difference, weights
-from harness.configs import UNET, tiny_config, write_config, write_pictures
+from harness.configs import SMALLEST, UNET, tiny_config, write_config, write_pictures
 from harness.faults import at_call, skip_the_export
 from harness.processes import finish, run
 
-# Down by a convolution and up again: what is compiled of it takes seconds.
-SMALLEST = UNET | {"layers_per_block": 0, "mid_block_type": None, "add_attention": False}
 NOTE = "Note: the result of this run depends on its batch layout"
 STEPS = 2
 
