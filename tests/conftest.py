@@ -5,14 +5,12 @@ import os
 import shutil
 import tempfile
 
-import pytest
-
 gc.disable()  # until all tests are imported: see `finetune.core.launcher.prepare_for_imports`
 CACHE = tempfile.mkdtemp(prefix="finetune-tests-")
 # Before any test module imports `datasets` or `huggingface_hub`, which read these once.
 os.environ |= {"HF_HOME": CACHE, "HF_DATASETS_CACHE": os.path.join(CACHE, "datasets"), "HF_HUB_OFFLINE": "1"}
 os.environ.pop("HF_HUB_CACHE", None)
-os.environ["COUNTED_FLOPS"] = os.path.join(CACHE, "flops")
+os.environ.setdefault("COUNTED_FLOPS", os.path.join(CACHE, "flops"))  # workers share that of the process they belong to
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: more threads only wait for each other
 
 
@@ -27,7 +25,5 @@ def pytest_collection_finish():
     gc.enable()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _empty_cache():
-    yield
+def pytest_unconfigure():
     shutil.rmtree(CACHE, ignore_errors=True)

@@ -11,7 +11,7 @@ from finetune.data.loading import load_data
 from finetune.data.order import epoch_order
 from finetune.models.load import load_kind
 from harness.compare import history, relative_difference, weights
-from harness.configs import tiny_config, write_config, write_pictures
+from harness.configs import UNET, tiny_config, write_config, write_pictures
 from harness.faults import skip_the_export
 from harness.processes import finish
 
@@ -21,7 +21,8 @@ IMAGES, BATCH, EPOCHS, STEPS = 19, 8, 3, 9  # 8 + 8 + 3, three times
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     base = tmp_path_factory.mktemp("trained")
-    config = tiny_config(write_pictures(base / "pictures", IMAGES), base / "run", training__num_epochs=EPOCHS)
+    options = {"model__unet": UNET, "training__num_epochs": EPOCHS}
+    config = tiny_config(write_pictures(base / "pictures", IMAGES), base / "run", **options)
     finish("--config", write_config(base / "config.yaml", config), folder=base, before=skip_the_export)
     return Config.model_validate(config)
 

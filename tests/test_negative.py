@@ -23,7 +23,7 @@ KINDS = ["unconditional", *(pytest.param(kind, marks=pytest.mark.slow) for kind 
 def config_file(request, tmp_path_factory):
     base, kind = tmp_path_factory.mktemp("base"), request.param
     pictures = write_pictures(base / "pictures", 19, kind=kind)
-    config = tiny_config(pictures, base / "run", **{**of_kind(kind, pictures), "training__num_epochs": 1})
+    config = tiny_config(pictures, base / "run", **of_kind(kind, pictures, whole=True) | {"training__num_epochs": 1})
     return write_config(base / "config.yaml", config)
 
 

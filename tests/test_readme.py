@@ -34,7 +34,7 @@ PRINTED = {  # command -> how its training is cut short, and what it prints
     TEXT: (SHORT, "Finished: runs/digits-text"),
     "python train.py --config configs/digits.yaml --check": ("", "Memory: "),
     "accelerate launch --quiet train.py --config configs/digits.yaml output_dir=runs/try training.max_train_steps=20": (
-        FEW,
+        f"training.global_batch_size=16 {FEW}",
         "Finished: runs/try",
     ),
 }

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from finetune.run.run import Run
 from harness.compare import differing, history, moments, unequal, weights
+from harness.configs import UNET
 from harness.faults import skip_the_export, stop_after_updates
 from harness.processes import finish, run, run_two
 from harness.undisturbed import undisturbed
@@ -61,6 +62,7 @@ def base(tmp_path_factory):
         base,
         images=19,
         before=partial(in_half_precision, base / "log"),
+        model__unet=UNET,
         training__num_epochs=4,
         optimizer__learning_rate=RATE,
         lr_scheduler={"name": "linear"},

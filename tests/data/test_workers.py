@@ -81,7 +81,7 @@ class ReportingBatches(Batches):
 
 
 @pytest.mark.slow
-def test_workers_ignore_signals_to_the_job_and_use_one_thread():
+def test_workers_ignore_signals_to_the_job_and_use_one_thread(monkeypatch):
     dataset = ReportingBatches(wide_images(), 0, 1000, "uniform", "center", False)
     loader = make_loader(dataset, WindowSampler(6, 0, BatchLayout(2, 1, 1)), num_workers=2, pin_memory=False)
     reports = list(loader)
@@ -96,6 +96,8 @@ def test_workers_ignore_signals_to_the_job_and_use_one_thread():
         worker.terminate()
         worker.join(10)
         assert worker.exitcode == 0
+    loader_asks_after = 0.1  # seconds, and not 5, without a batch
+    monkeypatch.setattr(type(loader._iterator)._try_get_data, "__defaults__", (loader_asks_after,))
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         list(loader)
 

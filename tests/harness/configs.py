@@ -1,4 +1,4 @@
-"""Runs that take a second: pictures of eight pixels a side and a network of some six thousand weights."""
+"""Runs that take a second: pictures of eight pixels a side and a network of some ten thousand weights."""
 
 import io
 from pathlib import Path
@@ -19,8 +19,10 @@ UNET = {
     "layers_per_block": 1,
     "norm_num_groups": 4,
 }
-# Down by a convolution and up again: what compiles in the shortest time.
-SMALLEST = UNET | {"layers_per_block": 0, "mid_block_type": None, "add_attention": False}
+# Residual blocks in the middle alone, which take the timestep and the class: for runs about all but the network.
+SMALL = UNET | {"layers_per_block": 0, "add_attention": False}
+# Down by a convolution and up again, whatever the timestep: what compiles in the shortest time.
+SMALLEST = SMALL | {"mid_block_type": None}
 
 
 def picture(size: tuple[int, int], seed: int) -> Image.Image:
@@ -57,13 +59,18 @@ def crop_of(kind: str) -> str:
     return "center" if kind in PIPELINES else "random"
 
 
-def of_kind(kind: str, pictures: Path) -> dict[str, Any]:
-    """Changes that make a run one of a kind of model; its pipeline, if it has one, is saved beside the pictures."""
-    if kind not in PIPELINES:
-        return KINDS[kind]
-    from harness.pipelines import save_pipeline
+def of_kind(kind: str, pictures: Path, whole: bool = False) -> dict[str, Any]:
+    """Changes that make a run one of a kind of model; its pipeline, if it has one, is saved beside the pictures.
 
-    folder = save_pipeline(pictures.with_name(f"{pictures.name}-{kind}"), **PIPELINES[kind])
+    Args:
+        whole: with layers in every block of the network, and not in the middle alone.
+    """
+    if kind not in PIPELINES:
+        return KINDS[kind] | ({"model__unet": UNET} if whole else {})
+    from harness.pipelines import SMALL, save_pipeline
+
+    unet = {} if whole else SMALL
+    folder = save_pipeline(pictures.with_name(f"{pictures.name}-{kind}"), unet=unet, **PIPELINES[kind])
     return {"model": {"pretrained": folder}, **KINDS[kind]}
 
 
@@ -91,7 +98,7 @@ def tiny_config(pictures: Path, output_dir: Path, **changes: Any) -> dict:
     config = {
         "output_dir": str(output_dir),
         "seed": 3,
-        "model": {"unet": UNET, "noise_scheduler": {"num_train_timesteps": 100}},
+        "model": {"unet": SMALL, "noise_scheduler": {"num_train_timesteps": 100}},
         "data": {"source": str(pictures), "num_workers": 0, "validation_fraction": 0.0},
         "training": {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "num_epochs": 2},
         "optimizer": {"learning_rate": 1e-3},

@@ -91,7 +91,7 @@ def _config(base: Path, case: Case) -> dict:
     return tiny_config(
         pictures,
         base / str(case),
-        **of_kind(case.kind, pictures),
+        **of_kind(case.kind, pictures, whole=True),
         data__crop=case.crop or crop_of(case.kind),
         data__random_flip=True,
         training__micro_batch_size=micro,

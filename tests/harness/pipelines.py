@@ -41,6 +41,8 @@ UNET = {
     "layers_per_block": 1,
     "norm_num_groups": 4,
 }
+# Texts are attended to in the middle alone: for runs about all but the network.
+SMALL = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 0}
 SDXL = {
     "cross_attention_dim": 16,
     "addition_embed_type": "text_time",

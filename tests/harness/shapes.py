@@ -83,7 +83,7 @@ def _config(base: Path, case: Case) -> dict:
     return shaped_config(
         pictures,
         base / str(case),
-        **of_kind(case.kind, pictures),
+        **of_kind(case.kind, pictures, whole=case.kind in PIPELINES),  # the others have that with attention
         data__crop=case.crop or crop_of(case.kind),
         data__random_flip=True,
         training__micro_batch_size=micro,

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from harness.configs import ROOT, tiny_config, write_config, write_pictures
 from harness.hub import serving
 from harness.pipelines import save_pipeline
-from harness.processes import start_command
-from harness.supervisors import PYTHON
+from harness.processes import finish, in_new_process
 
 FOREIGN = [  # files of repositories that no component needs
     *("v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "pipeline.py", "unet/modeling.py", "README.md", "preview.png"),
@@ -107,20 +106,34 @@ def test_of_each_repository_the_files_are_fetched_that_are_loaded(repositories, 
     assert "'someone/half' is not a local folder, and the hub cannot be reached" in missing
 
 
+HALF = "half", "shards"
+
+
+def train_each(folder):
+    """train.py on each repository; what it printed."""
+    return [finish("--config", folder / f"{name}.yaml", folder=folder).stdout for name in HALF]
+
+
+@pytest.fixture(scope="module")
+def trained(repositories, tmp_path_factory):
+    """The folder of their runs, and what each printed. The hub's client reads where the hub is when it is imported."""
+    base = tmp_path_factory.mktemp("trained")
+    pictures = write_pictures(base / "pictures", 4, kind="text")
+    for name in HALF:
+        changes = {"model": {"pretrained": f"someone/{name}"}, "training__max_train_steps": 1, "ema__enabled": False}
+        write_config(base / f"{name}.yaml", tiny_config(pictures, base / name, **changes))
+    with serving({f"someone/{name}": repositories / name for name in HALF}) as hub:
+        client = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(base / "home")}
+        return base, dict(zip(HALF, in_new_process(train_each, base, **client), strict=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["half", "shards"])
-def test_a_repository_that_has_only_half_weights_is_trained_and_the_plan_says_so(repositories, tmp_path, name):
-    pictures = write_pictures(tmp_path / "pictures", 4, kind="text")
-    changes = {"model": {"pretrained": f"someone/{name}"}, "training__max_train_steps": 1, "ema__enabled": False}
-    config = write_config(tmp_path / "config.yaml", tiny_config(pictures, tmp_path / "run", **changes))
-    with serving({f"someone/{name}": repositories / name}) as hub:
-        client = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-        process = start_command(*PYTHON, "--config", config, **client)
-        printed, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors[-2000:]
-    assert f"someone/{name} (its fp16 weights, as there are no others): 0." in printed
+@pytest.mark.parametrize("name", HALF)
+def test_a_repository_that_has_only_half_weights_is_trained_and_the_plan_says_so(repositories, trained, name):
+    base, printed = trained
+    assert f"someone/{name} (its fp16 weights, as there are no others): 0." in printed[name]
     before = DiffusionPipeline.from_pretrained(repositories / name, variant="fp16").unet.state_dict()
-    after = load_file(tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors")
+    after = load_file(base / name / "pipeline/unet/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     # AdamW's first update moves a weight by about the learning rate, 1e-3
     assert max(float((after[key] - tensor.float()).abs().max()) for key, tensor in before.items()) < 1.2e-3

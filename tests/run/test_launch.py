@@ -11,7 +11,6 @@ import joblib
 import psutil
 import pytest
 
-from finetune.run import checkpoint
 from harness.compare import valid_checkpoints
 from harness.configs import write_endless
 from harness.processes import default_signals, run_two, start_command, wait_for
@@ -19,7 +18,7 @@ from harness.supervisors import LAUNCH, ONE, PYTHON, TWO
 
 pytestmark = pytest.mark.slow
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +67,6 @@ def test_a_signal_stops_all_processes_and_the_run_is_saved(config, tmp_path, com
     assert output.count("Stopped after step ") == 1
 
 
-def test_one_killed_worker_of_two_ends_the_launch(config, tmp_path):
-    output_dir = tmp_path / "run"
-    running = Running(TWO, config, output_dir, "checkpoint.every_steps=1")
-    wait_for(lambda: any(output_dir.glob("checkpoint-*")), running.process)
-    running.launched[-1].kill()
-    _, errors = running.process.communicate(timeout=120)
-    assert running.process.returncode == 1
-    assert errors.count("error: launch: another process of this run ended") == 1
-    saved = list(output_dir.glob("checkpoint-*"))
-    assert saved
-    assert all(checkpoint.flaw(folder) is None for folder in saved)
-
-
 def test_a_terminal_that_is_closed_stops_the_run_and_it_is_saved(config, tmp_path):
     """The kernel sends SIGHUP, and what is printed to the terminal afterwards fails."""
     output_dir = tmp_path / "run"
@@ -126,11 +112,14 @@ def test_two_processes_without_accelerates_variable_are_refused_with_one_line_th
     assert "ACCELERATE_USE_CPU=true" in error
 
 
-def test_torchrun_with_accelerates_variable_connects_two_processes(config):
-    process = start_command(*TORCHRUN, "--config", config, "--check")
+def test_torchrun_sets_what_connects_the_processes_of_these_tests(tmp_path):
+    """harness.processes, which sets the same for each, starts them without a launcher."""
+    script = tmp_path / "script.py"
+    names = "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    script.write_text(f"import os\nprint(*map(os.environ.__getitem__, {names}))\n")
+    process = start_command(*TORCHRUN, script)
     output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "8 = 4 per micro-batch x 1 accumulation steps x 2 process(es)" in output
+    assert sorted(line.split()[:3] for line in output.splitlines()) == [["2", "0", "0"], ["2", "1", "1"]], errors
 
 
 THREADS = """

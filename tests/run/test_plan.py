@@ -13,7 +13,7 @@ from finetune.core.errors import UserError
 from finetune.models.load import load_kind
 from finetune.run.plan import plan as printed
 from finetune.run.plan import unused_negative
-from harness.configs import UNET, tiny_config
+from harness.configs import SMALL, tiny_config
 
 
 def config_of(**changes) -> Config:
@@ -32,7 +32,7 @@ def plan(
 
 def test_the_plan_says_what_is_trained_and_how():
     threads = torch.get_num_threads()
-    parameters = sum(weight.numel() for weight in UNet2DModel(**UNET).parameters()) / 1e6
+    parameters = sum(weight.numel() for weight in UNet2DModel(**SMALL).parameters()) / 1e6
     # 20 images in windows of 8: three updates an epoch, the last of 4 images, twice
     assert plan(config_of()) == [
         "Plan",

@@ -319,7 +319,7 @@ def test_a_killed_process_loses_nothing(base, tmp_path, kill):
 
 @pytest.mark.slow
 def test_a_plan_of_a_sharded_run(base, tmp_path):
-    """76,996 weights x 5 x 4 bytes in the config's own network: nothing to see in MB, so a larger one."""
+    """Of a larger network than the config's own, which takes less than a MB."""
     overrides = [f"output_dir={tmp_path / 'run'}", "model.unet.block_out_channels=[64, 64]", "--check"]
     planned, other = run_two("--config", base / "config.yaml", *overrides, folder=tmp_path)
     assert (planned.returncode, other.returncode) == (0, 0), planned.stderr + other.stderr

@@ -29,35 +29,43 @@ def config(tmp_path_factory):
     ("command", "supervisor", "number"),
     [
         (PYTHON, SLURM, signal.SIGUSR1),
-        (PYTHON, DOCKER, signal.SIGTERM),
         (TWO, SYSTEMD, signal.SIGHUP),
         (TWO, KUBERNETES, signal.SIGTERM),
     ],
-    ids=["python, Slurm", "python, Docker", "two, systemd", "two, Kubernetes"],  # two under Slurm: below
+    ids=["python, Slurm", "two, systemd", "two, Kubernetes"],  # python under Docker and two under Slurm: below
 )
 def test_nothing_is_lost_under_a_supervisor(config, tmp_path, command, supervisor, number):
     job = Job(*command, "--config", config, output_dir=tmp_path / "run", **PATIENT)
     outcome, seconds = job.end(supervisor, number)
     assert outcome.stdout.count("everything is saved") == 1, outcome
     assert outcome.returncode == (143 if command == PYTHON else 1)
-    assert command != PYTHON or "Traceback" not in outcome.stderr
+    if command == PYTHON:  # progress, but no traceback and no library's warning, not even of its import
+        assert {line.partition(":")[0] for line in outcome.stderr.splitlines()} <= {"", "Decoding images"}
     assert seconds < supervisor.seconds
     (saved,) = valid_checkpoints(tmp_path / "run")
     assert history(tmp_path / "run")[-1]["step"] == saved
 
 
-@pytest.mark.parametrize("command", [PYTHON, TWO], ids=["python", "two"])
-def test_with_nohup_a_run_outlives_its_terminal(config, tmp_path, command):
-    """The launcher of several processes handles SIGHUP though it was started with it ignored, unless told otherwise."""
+@pytest.mark.parametrize(
+    ("command", "supervisor", "returned"),
+    [(PYTHON, DOCKER, 143), (TWO, SLURM, 1)],
+    ids=["python, Docker", "two, Slurm"],
+)
+def test_with_nohup_a_run_outlives_its_terminal(config, tmp_path, command, supervisor, returned):
+    """And nothing is lost when it is ended in the end.
+
+    The launcher of several processes handles SIGHUP though it was started with it ignored, unless told otherwise.
+    """
     environment = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT"}
     job = Job("nohup", *command, "--config", config, output_dir=tmp_path / "run", **environment)
     for process in job.processes():
         process.send_signal(signal.SIGHUP)
     step = newest_step(tmp_path / "run")
     wait_for(lambda: newest_step(tmp_path / "run") > step + 20, job.main)
-    outcome, seconds = job.end(SLURM, signal.SIGTERM)
+    outcome, seconds = job.end(supervisor, signal.SIGTERM)
     assert outcome.stdout.count("everything is saved") == 1, outcome
-    assert seconds < SLURM.seconds
+    assert outcome.returncode == returned
+    assert seconds < supervisor.seconds
     (saved,) = valid_checkpoints(tmp_path / "run")
     assert history(tmp_path / "run")[-1]["step"] == saved
 
@@ -77,18 +85,21 @@ def test_as_process_1_of_a_container_nothing_is_lost(config, tmp_path):
 
 
 def test_a_killed_process_is_started_again_and_a_run_that_was_asked_to_stop_is_not(config, tmp_path):
+    """The other process ends with it, as it does where nothing is started again."""
     restarts = [*TWO[:-1], "--max_restarts", "3", TWO[-1]]
     output_dir = tmp_path / "run"
     job = Job(*restarts, "--config", config, "checkpoint.every_steps=5", output_dir=output_dir)
     wait_for(lambda: any(output_dir.glob("checkpoint-*")), job.main)
     first = job.trainers()
     first[-1].kill()
-    psutil.wait_procs(first, timeout=60)
+    _, alive = psutil.wait_procs(first, timeout=60)
+    assert alive == []
     known = newest_step(output_dir)
     wait_for(lambda: newest_step(output_dir) > known, job.main)
     job.trainers()[-1].send_signal(signal.SIGUSR1)
     output, errors = job.main.communicate(timeout=120)
     assert job.processes() == []
+    assert errors.count("error: launch: another process of this run ended") == 1
     assert output.count("Resuming from") == 1, errors
     assert output.count("everything is saved") == 1
     assert job.main.returncode == 1
@@ -151,7 +162,7 @@ def test_the_batch_file_of_slurm_saves_ahead_of_the_limit_and_asks_to_be_queued_
 def test_the_batch_file_of_slurm_does_not_queue_a_mistake_again(config, slurm):
     environment, asked = slurm
     command = ("bash", LAUNCH / "slurm.sh", "--config", config, "training.num_epochs=never")
-    process = start_command(*command, TESTED_JOB="mistake", **environment)
+    process = start_command(*command, TESTED_JOB="mistake", **environment | {"SLURM_GPUS_ON_NODE": "1"})
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.count("error: command line: training.num_epochs: ") == 1

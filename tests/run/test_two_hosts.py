@@ -196,7 +196,7 @@ def test_a_cut_link_is_told_by_both_hosts_and_the_run_resumes(undisturbed, on_tw
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_slow_host_is_waited_for_and_a_lost_one_is_detected(on_two, hosts, tmp_path, cut):
-    """The main process decodes for three times the silence that is allowed, while the other waits in the control group,
+    """The main process decodes for twice the silence that is allowed, while the other waits in the control group,
     which has a timeout of a day; after a cut it would decode on."""
 
     def before(process):
@@ -205,7 +205,7 @@ def test_a_slow_host_is_waited_for_and_a_lost_one_is_detected(on_two, hosts, tmp
 
         def slowly(*arguments):
             (tmp_path / "decoding").touch()
-            time.sleep(1000 if cut else 3 * SILENCE)
+            time.sleep(1000 if cut else 2 * SILENCE)
             return load(*arguments)
 
         if process == 0:

@@ -154,7 +154,7 @@ def planned_and_taken(folder, unet, size, micro):
         write_pictures(folder / "pictures", 64, (size, size)),
         folder / "run",
         model={"unet": unet},
-        training={"micro_batch_size": micro, "gradient_accumulation_steps": 1, "max_train_steps": 10},
+        training={"micro_batch_size": micro, "gradient_accumulation_steps": 1, "max_train_steps": 5},
     )
     command = ("--config", write_config(folder / "config.yaml", config))
     start, peak = folder / "start", folder / "peak"
