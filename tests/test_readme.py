@@ -65,6 +65,26 @@ def test_every_command_is_run_somewhere():
     assert [line for line in IN_CI.values() if line not in lines] == []
 
 
+def test_commands_of_measurements_have_their_files_options_and_tests():
+    """They run for minutes; test_benchmarks.py runs the short form of each benchmark."""
+    text = (ROOT / "docs/measurements.md").read_text()
+    commands = re.findall(r"^    ((?:python|pytest) .+)$", text, re.MULTILINE)
+    assert "python tests/benchmarks/crash.py --kind classes" in commands
+    for command in commands:
+        files = [word for word in command.split() if word.endswith(".py")]
+        code = "".join((ROOT / file).read_text() for file in files)
+        assert files
+        assert [option for option in re.findall(r"--\w+", command) if f'"{option}"' not in code] == [], command
+        assert [name for name in re.findall(r"-k (\w+)", command) if f"{name}_" not in code] == [], command
+
+
+def test_files_that_are_named_exist():
+    """Those that are named from the root of the repository."""
+    for page in PAGES:
+        for path in re.findall(r"`(?:python )?((?:tests|docs|configs|finetune)/[\w./-]+)", page.read_text()):
+            assert (ROOT / path).exists(), (page.name, path)
+
+
 def test_links_lead_somewhere():
     """To files, and to headings of files as GitHub names them."""
     links = [

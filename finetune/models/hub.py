@@ -74,7 +74,8 @@ def pipeline_folder(name: str) -> Path:
     except Exception as error:  # the hub's client raises a dozen, from a malformed id to no access
         raise UserError(
             f"model.pretrained: {name!r} is not a local folder, and the download failed ({first_line(error)}); give "
-            "the folder of a pipeline or a hub id, and check the connection and the login"
+            "the folder of a pipeline or a hub id, check the connection and the login, or set HF_HUB_OFFLINE=1 to use "
+            "what was downloaded before"
         ) from error
 
 

@@ -46,10 +46,10 @@ def main(kills: int, epochs: int, seed: int, kind: str, shaped: bool, sharded: b
     updates = 3 * epochs  # of 8 + 8 + 1 images
     images, log = base / "pictures", base / "log"
     if shaped:
-        options = of_kind(kind, write_shapes(images, 19, kind))
+        options = of_kind(kind, write_shapes(images, 19, kind), whole=True)
         options |= {"data__buckets": SHAPES, "data__crop": crop_of(kind), "data__random_flip": True}
     else:
-        options = of_kind(kind, write_pictures(images, 19, kind=kind))
+        options = of_kind(kind, write_pictures(images, 19, kind=kind), whole=True)
     if sharded:
         options |= {"training__shard": True, "training__micro_batch_size": 2}
 

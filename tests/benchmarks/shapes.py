@@ -130,7 +130,8 @@ def compiled(base: Path, backend: str, shapes: int) -> None:
     pictures = write_shapes(base / "pictures", 27)
     found = {}
     for name in ("no", backend):
-        config = tiny_config(pictures, base / name, data__buckets=SHAPES[:shapes], data__random_flip=True)
+        options = {"data__buckets": SHAPES[:shapes], "data__random_flip": True}
+        config = tiny_config(pictures, base / name, model__unet=UNET, **options)
         file = write_config(base / f"{name}.yaml", config)
         started = time.perf_counter()
         # Nothing that was compiled earlier, and the setting that the check of compiled gradients would find.

@@ -21,10 +21,12 @@ class Hub:
         url: for HF_ENDPOINT.
         repositories: their folders by name: `user/name`, of a dataset `datasets/user/name`.
         fetched: the files that were downloaded, as `user/name/folder/file`.
+        hangs_up: connections are accepted and closed without an answer.
     """
 
     def __init__(self, repositories: dict[str, Path]):
         self.repositories, self.fetched, self._connections = repositories, set[str](), list[socket.socket]()
+        self.hangs_up = False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,6 +35,10 @@ class Hub:
             def setup(self):
                 super().setup()
                 hub._connections.append(self.connection)
+
+            def handle_one_request(self):
+                super().handle_one_request()
+                self.close_connection |= hub.hangs_up
 
             def do_HEAD(self):
                 self._answer(*hub.answer(self.path, head=True), head=True)
@@ -45,6 +51,8 @@ class Hub:
                 self._answer(*hub.answer(self.path, head=False, asked=form.get("paths", [])))
 
             def _answer(self, code: int, content: bytes, kind: str, head: bool = False) -> None:
+                if hub.hangs_up:
+                    return
                 self.send_response(code)
                 headers = {"Content-Type": kind, "Content-Length": str(len(content)), "X-Repo-Commit": COMMIT}
                 if code == 404:

@@ -88,6 +88,8 @@ def test_of_each_repository_the_files_are_fetched_that_are_loaded(repositories, 
     names = {name: f"someone/{name}" for name in ("half", "both", "mixed")}
     with serving({id: repositories / name for name, id in names.items()}) as hub, client(hub, tmp_path) as fetch:
         folders = [fetch(id) for id in names.values()]
+        hub.hangs_up = True
+        dropped = fetch("someone/half")
         hub.stop()
         again = fetch("someone/half")
         shutil.rmtree(tmp_path / "hub")
@@ -102,6 +104,8 @@ def test_of_each_repository_the_files_are_fetched_that_are_loaded(repositories, 
         assert {file.removeprefix(f"someone/{name}/") for file in hub.fetched if f"/{name}/" in file} == (
             weights | CONFIGS
         )
+    assert "and the download failed (" in dropped
+    assert dropped.endswith("or set HF_HUB_OFFLINE=1 to use what was downloaded before")
     assert again == folders[0]
     assert "'someone/half' is not a local folder, and the hub cannot be reached" in missing
 

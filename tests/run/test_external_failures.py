@@ -1,7 +1,6 @@
 """The hub, the data, the workers or the shared memory fail: one line, and the same command resumes."""
 
 import os
-import re
 import shutil
 import signal
 from functools import partial
@@ -33,7 +32,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(undisturbed, tmp_path, before,
     assert refused.returncode == 2
     assert refused.error.startswith(f"{key}: ")
     assert "somebody/digits" in refused.error
-    assert re.search(r"the hub cannot be reached|and the download failed", refused.error)
+    assert "the hub cannot be reached" in refused.error
     assert "check the" in refused.error
     assert not output_dir.exists()
 
