@@ -65,7 +65,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     # Batch layout and Accelerator: global batch = micro-batch x accumulation steps x processes.
     sizes = training.global_batch_size, training.micro_batch_size, training.gradient_accumulation_steps
     layout = on_main_process(lambda: resolve_layout(*sizes, processes().num_processes))
-    with launch_errors():
+    with launch_errors(config.logging.tracker):
         accelerator = Accelerator(
             gradient_accumulation_steps=layout.gradient_accumulation_steps,
             log_with=config.logging.tracker,
@@ -99,7 +99,7 @@ def main(config: Config, check: bool = False, measure: bool = False) -> int:
     sampler = WindowSampler(len(train_images), config.seed, layout, train_images.shape_numbers, config.data.order)
 
     # Where the run starts: at the newest valid checkpoint, if any. Nothing is written yet.
-    start = find_start(config, accelerator, kind, layout, len(train_images), train_images.fingerprint)
+    start = find_start(config, kind, layout, len(train_images), train_images.fingerprint)
 
     # The plan.
     data, counts = (train_images, held_out, required), (len(train_images), len(held_out or ()))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch._inductor import config as inductor
 
 from harness.compare import history, valid_checkpoints
-from harness.configs import KINDS, SMALLEST, UNET, of_kind, tiny_config, write_config, write_pictures
+from harness.configs import KINDS, PIPELINES, SMALLEST, UNET, of_kind, tiny_config, write_config, write_pictures
 from harness.processes import run
 
 BLOCKS = st.sampled_from(["", "Attn", "Skip", "AttnSkip", "Resnet", "K"])
@@ -75,7 +75,7 @@ def test_what_passes_the_check_runs_to_its_end(
         "down_block_types": ["DownBlock2D", f"{down}DownBlock2D"],
         "up_block_types": [f"{up}UpBlock2D", "UpBlock2D"],
     }
-    of_its_kind = {"model": {"unet": unet}, **of_kind(kind, pictures[kind])}
+    of_its_kind = {"model": {"unet": unet}, **of_kind(kind, pictures[kind], whole=kind in PIPELINES)}
     of_its_kind["model"] = of_its_kind["model"] | {"noise_scheduler": noise_scheduler}
     options = {
         "training": {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 3},

@@ -17,7 +17,7 @@ from harness.processes import finish, run
 
 
 def lora_config(pictures, output_dir, **changes):
-    return evaluated_config(pictures, output_dir, **of_kind("lora", pictures) | changes)
+    return evaluated_config(pictures, output_dir, **of_kind("lora", pictures, whole=True) | changes)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,10 @@ def test_a_checkpoint_holds_the_adapters_alone(finished):
     saved, averaged = (weights(finished / "run", EVALUATED_STEPS, part) for part in ("model", "ema"))
     assert saved.keys() == averaged.keys()
     assert all("lora_" in name for name in saved)
-    # rank 2 beside the 8 layers of attention in the middle: attn1 of 8 to 8, attn2's keys and values of 16 to 8
-    expected = 4 * 2 * (8 + 8) + 2 * 2 * (8 + 8) + 2 * 2 * (16 + 8)
-    assert sum(tensor.numel() for tensor in saved.values()) == expected
+    # rank 2 beside 8 layers of attention: attn1 of 8 to 8, attn2's keys and values of 16 to 8; four such blocks, one
+    # on the way down, one in the middle, two on the way up
+    block = 4 * 2 * (8 + 8) + 2 * 2 * (8 + 8) + 2 * 2 * (16 + 8)
+    assert sum(tensor.numel() for tensor in saved.values()) == 4 * block
     assert len(moments(finished / "run", EVALUATED_STEPS)["exp_avg"]) == len(saved)
 
 
@@ -85,7 +86,7 @@ def test_at_step_0_the_loss_is_that_of_the_base(finished):
 
 def test_the_plan_and_the_results_say_what_is_trained(finished):
     printed = (finished / "printed").read_text()
-    assert "0.00 M parameters trained beside 0.01 M that are frozen" in printed
+    assert "0.00 M parameters trained beside 0.03 M that are frozen" in printed
     assert f"lora                       {finished / 'run/lora'}" in printed
     assert not (finished / "run/pipeline").exists()
 

@@ -72,4 +72,4 @@ class LoggingConfig(Section):
 
 class ExportConfig(Section):
     push_to_hub: RepoId | None = None
-    """Hub repository that the pipeline is uploaded to at the end; null: none."""
+    """Hub repository that the export, a pipeline or an adapter, is uploaded to at the end; null: none."""

@@ -13,7 +13,7 @@ import joblib
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, LoggerType, parse_flag_from_env
 
 from finetune.core.distributed import together
 from finetune.core.errors import UserError, first_line
@@ -81,8 +81,8 @@ def accelerator_options() -> dict[str, Any]:
 
 
 @contextmanager
-def launch_errors() -> Iterator[None]:
-    """Turn what the Accelerator's constructor raises into one line: fp16 without a GPU, a tracker without a package.
+def launch_errors(tracker: str | None) -> Iterator[None]:
+    """Turn what the Accelerator's constructor raises into one line: fp16 without a GPU, a tracker that it has not.
 
     Entered by all processes, which all raise UserError if it failed on any of them.
     """
@@ -93,6 +93,9 @@ def launch_errors() -> Iterator[None]:
             yield
     except (ValueError, ImportError, RuntimeError) as error:
         problem = UserError(f"launch: Accelerate cannot be set up as requested: {first_line(error)}")
+        known = [kind.value for kind in LoggerType if kind != LoggerType.ALL]
+        if tracker is not None and tracker not in known:
+            problem = UserError(f"logging.tracker: found {tracker!r}; expected null or one of {', '.join(known)}")
 
     def tell() -> None:
         if problem is not None:
@@ -112,7 +115,7 @@ def check_launch(accelerator: Accelerator, gradient_accumulation_steps: int, tra
             f"{_ACCUMULATION_VARIABLE}: found {found} in the launch's environment, where the config gives "
             f"{gradient_accumulation_steps}, which it would silently override; unset it, or make them agree"
         )
-    if accelerator.mixed_precision != "no" and not accelerator.native_amp:  # Accelerate would go on in float32
+    if accelerator.mixed_precision != "no" and not accelerator.native_amp:  # Accelerate would train in float32
         found = f"found mixed precision {accelerator.mixed_precision} on {accelerator.device.type}"
         raise UserError(f"launch: {found}, which does not support it; expected no or bf16: --mixed_precision bf16")
     if tracker is not None and not accelerator.log_with:  # Accelerate would log nothing

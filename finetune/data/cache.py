@@ -8,13 +8,14 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
-from finetune.core.files import exclusive
+from finetune.core.files import LARGER_CACHE, exclusive, require_room
 from finetune.data.order import Indices
 from finetune.data.pixels import Encoded, Row
 
@@ -43,21 +44,31 @@ def decoded(
     Rows are decoded in pieces, each saved when it is complete, so an interrupted run continues with the next. Threads
     are as fast as processes, since decoding releases the interpreter lock, and unlike those of `map(num_proc=...)` they
     start at once, fork no process that uses a GPU, and leave no orphans when the run is killed.
+
+    Raises:
+        UserError: if the disk of the cache has too little room for those that it lacks.
     """
     # Our own key: that of `datasets` is a hash of bytecode and of all options of `map`.
     key = _hash(repr((dataset._fingerprint, column, identity)).encode())
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "pixels", key)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pieces = np.array_split(rows, -(-len(rows) // max(PIECE, len(rows) // 64)))
+    names = [_hash(chosen.astype("<i8").tobytes()) for chosen in pieces]
+
+    def file_of(name: str) -> str:
+        return os.path.join(folder, f"{name}.arrow")
+
     tables = []
     with exclusive(folder), ThreadPoolExecutor(cores) as threads:
+        missing = sum(len(rows) for rows, name in zip(pieces, names, strict=True) if not os.path.exists(file_of(name)))
+        require_room(f"data.resolution: {folder}", Path(folder), missing * size, "decoded pictures", LARGER_CACHE)
 
         def decode_batch(images: list[Encoded | None]) -> dict[str, list[Any]]:
             batch = list(threads.map(decode, images))
             return {name: [row[name] for row in batch] for name in features}
 
-        for number, chosen in enumerate(pieces, 1):
-            piece, name = dataset.select_columns(column).select(chosen), _hash(chosen.astype("<i8").tobytes())
+        for number, (chosen, name) in enumerate(zip(pieces, names, strict=True), 1):
+            piece = dataset.select_columns(column).select(chosen)
             convert = partial(
                 piece.map,
                 decode_batch,
@@ -68,7 +79,7 @@ def decoded(
                 features=features,
                 new_fingerprint=f"{key}-{name}",
                 # Otherwise `map` writes beside the source's own files, or keeps the result in memory.
-                cache_file_name=os.path.join(folder, f"{name}.arrow"),
+                cache_file_name=file_of(name),
                 desc="Decoding images" + (f" ({number}/{len(pieces)})" if len(pieces) > 1 else ""),
             )
             tables.append(_current(convert, piece[column], decode))

@@ -14,7 +14,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE, INK_SET, SAMPLE_FORMAT = 258, 262, 281
 WHITE_IS_ZERO, OTHER_INKS, UNSIGNED, SIGNED, REDUCED = 0, 2, 1, 2, 1  # values of some of them
 MOST = 65535  # of 16 bits
 DIMMEST = 1 / 8  # of white: where only a picture's own values tell what white is, at least one of them is so bright
-# White is 65535 where nothing else is said. A picture of 16 bits that nowhere exceeds this is that of a sensor of 12
+# White is 65535 unless the file names another. A picture of 16 bits that nowhere exceeds this is that of a sensor of 12
 # bits, or so dark that nothing can be seen in it.
 TOO_DARK = 4095
 

@@ -38,7 +38,7 @@ def select(splits: dict[str, datasets.Dataset], config: DataConfig, split: str, 
     labels, names = _labels(dataset, config)
     rows = np.arange(len(dataset))
     if config.labels is not None and labels is not None:  # `_labels` raises if labels are chosen and there are none
-        rows = np.flatnonzero(np.isin(labels, _wanted(dataset, labels, names, config, config.labels)))
+        rows = np.flatnonzero(np.isin(labels, _wanted(dataset, labels, names, config, split)))
         labels = labels[rows]
     try:
         encoded = dataset.cast_column(column, datasets.Image(decode=False))
@@ -152,14 +152,16 @@ def _wanted(
     labels: np.ndarray,
     names: list[str] | None,
     config: DataConfig,
-    chosen: tuple[int | str, ...],
+    split: str,
 ) -> list[int]:
     """The stored numbers of the labels to keep. A class is given by its name, or by its number if no name is that."""
+    chosen = config.labels or ()
     present = [int(label) for label in np.unique(labels) if label >= 0 or names is None]
     known = {names[label] if names else str(label): label for label in present}
     listed = first_few(known, most=20)
     if isinstance(dataset.features[config.label_column or "label"], datasets.ClassLabel):
         known = {str(label): label for label in present} | known
     if unknown := [label for label in chosen if str(label) not in known]:
-        raise UserError(f"data.labels: found {unknown}; expected labels of {config.source}, which has {listed}")
+        part = config.source if split == "train" else f"{split} of {config.source}"
+        raise UserError(f"data.labels: found {unknown}; expected labels of {part}, which has {listed}")
     return [known[str(label)] for label in chosen]

@@ -181,7 +181,7 @@ def push(folder: Path, repository: str) -> str:
     """
     try:
         create_repo(repository, exist_ok=True)
-        upload_folder(repo_id=repository, folder_path=folder, commit_message="Fine-tuned pipeline")
+        upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Fine-tuned {folder.name}")
     except Exception as error:  # the hub's client raises a dozen, from no login to no route to the host
         raise UserError(
             f"export.push_to_hub: {repository}: the upload of {folder} failed ({first_line(error)}); log in with "

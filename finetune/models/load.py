@@ -35,9 +35,10 @@ def outline_kind(
     if folder is not None and str((index := _index(folder)).get("_class_name")) in PIPELINES:
         return StableDiffusionOutline(config, folder, index, resolution, crops)
     if config.lora is not None:
+        found = None if folder is None else _index(folder).get("_class_name")
         raise UserError(
-            f"model.lora: found it with {config.pretrained}, a model of pixels; expected a StableDiffusionPipeline "
-            "or a StableDiffusionXLPipeline"
+            f"model.lora: found it with {config.pretrained}, {f'a {found}' if found else 'which is no pipeline'}; "
+            f"expected a {' or a '.join(PIPELINES)}"
         )
     return UnconditionalOutline(config, folder, resolution)
 

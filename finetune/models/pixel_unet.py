@@ -8,6 +8,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from finetune.config.inputs import ModelConfig
 from finetune.core.errors import UserError, first_line
+from finetune.models.components import PIPELINES
 from finetune.models.hub import read_json, variant
 from finetune.models.noise_schedulers import check_scheduler
 from finetune.models.unet import own_resolution
@@ -38,8 +39,9 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
     if components.get("unet") != ["diffusers", "UNet2DModel"] or set(components) != {"unet", "scheduler"}:
         found = ", ".join(f"{part}: {value}" for part, value in components.items())
         raise UserError(
-            f"model.pretrained: {name}: found a {index.get('_class_name')} of {found}; expected a pipeline of a "
-            "diffusers UNet2DModel and a scheduler (DDPMPipeline or DDIMPipeline)"
+            f"model.pretrained: {name}: found a {index.get('_class_name')} of {found}; expected a "
+            f"{', a '.join(PIPELINES)}, or a pipeline of a diffusers UNet2DModel and a scheduler (DDPMPipeline or "
+            "DDIMPipeline)"
         )
     # The earliest diffusers pipelines keep every component's files side by side at the top.
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
@@ -71,7 +73,7 @@ def load_unet(folder: Path) -> UNet2DModel:
             "diffusion_pytorch_model.safetensors, or a .bin of plain tensors, that fits config.json"
         ) from error
     wrong = [f"{len(names)} {kind.replace('_', ' ')}" for kind, names in report.items() if names]
-    if wrong:  # diffusers would go on with random numbers in their place
+    if wrong:  # diffusers puts random numbers in their place
         raise UserError(f"model.pretrained: {folder}: the weights do not fit config.json: {', '.join(wrong)}")
     return unet
 
@@ -108,15 +110,15 @@ def check_unet(unet: UNet2DModel, noise_scheduler: DDPMScheduler, model: ModelCo
             f"model: found a UNet with class_embed_type {config.class_embed_type!r}; expected null, which embeds "
             "classes by their number"
         )
+    if config.num_class_embeds is not None and model.unet is not None:
+        raise UserError(
+            f"model.unet.num_class_embeds: found {config.num_class_embeds}; leave it out, and set "
+            "model.class_conditional=true to train classes: the data gives their number"
+        )
     if config.num_class_embeds is not None and not model.class_conditional:
         raise UserError(
             f"model: the UNet is conditioned on {config.num_class_embeds} classes; set model.class_conditional=true "
             "and data.label_column to train it, or give an unconditional one"
-        )
-    if config.num_class_embeds is not None and model.unet is not None:
-        raise UserError(
-            f"model.unet.num_class_embeds: found {config.num_class_embeds}; leave it out with "
-            "model.class_conditional=true: the data gives the number of classes"
         )
     if config.in_channels != config.out_channels:
         raise UserError(
@@ -143,7 +145,7 @@ def training_resolution(unet: UNet2DModel, resolution: int | None) -> int:
     """Pixels a side to train at: `resolution`, or what the model was made for; raises UserError if neither will do."""
     resolution = resolution or own_resolution(unet.config.sample_size)
     if resolution is None:
-        raise UserError("data.resolution: not given, and the model has no square sample_size to take it from")
+        raise UserError("data.resolution: not given, and the model has no square sample_size to take it from; set it")
     halvings = len(unet.config.block_out_channels) - 1
     if resolution % 2**halvings:
         nearest = max(round(resolution / 2**halvings), 1) * 2**halvings

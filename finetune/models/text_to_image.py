@@ -93,7 +93,7 @@ def _outlined_vae(config: dict[str, Any], path: Path) -> AutoencoderKL:
 
 def _checked_resolution(resolution: int | None, factor: int, network: UNet2DConditionModel) -> int:
     if resolution is None:
-        raise UserError("data.resolution: not given, and the model has no square sample_size to take it from")
+        raise UserError("data.resolution: not given, and the model has no square sample_size to take it from; set it")
     halvings = len(network.config.block_out_channels) - 1
     multiple = factor * 2**halvings
     if resolution % multiple:

@@ -143,7 +143,7 @@ class Checkpoints:
 
 
 def _delete(folder: Path) -> None:
-    """Rename first so that a half-deleted checkpoint is never seen, then delete in a thread while training goes on."""
+    """Rename first so that a half-deleted checkpoint is never seen, then delete in a thread beside training."""
     with contextlib.suppress(OSError, RuntimeError):  # what cannot be deleted now is deleted at the next start
         pruned = folder.rename(folder.with_name(f".{folder.name}.pruned"))
         threading.Thread(target=_remove, args=(pruned,)).start()

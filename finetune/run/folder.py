@@ -22,12 +22,12 @@ def check_folder(output_dir: Path) -> None:
     path = output_dir.absolute()
     existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not existing.is_dir():
-        problem = errno.EEXIST if existing == path else errno.ENOTDIR
-    elif not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output_dir: {output_dir}: found the file {existing}; expected a folder, or a name that is free"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
         problem = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
-    else:
-        return
-    raise _unwritable(output_dir, os.strerror(problem))
+        raise _unwritable(output_dir, os.strerror(problem))
 
 
 def _unwritable(output_dir: Path, reason: str | None) -> UserError:

@@ -110,7 +110,7 @@ def duration(seconds: float) -> str:
 
 
 class Report:
-    """Everything that is shown while a run goes on; silent on all processes but the main one."""
+    """Everything that is shown during a run; silent on all processes but the main one."""
 
     def __init__(
         self,

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from finetune.config.schema import Config
 from finetune.core.batch import BatchLayout
 from finetune.core.distributed import on_main_process, say
@@ -37,7 +35,6 @@ class Start:
 
 def find_start(
     config: Config,
-    accelerator: Accelerator,
     kind: Kind,
     layout: BatchLayout,
     num_images: int,
@@ -62,8 +59,8 @@ def find_start(
         folder, step = checkpoints.find(say), 0
         if folder is not None:
             step = _check_same_run(folder, own_identity, length)
-        _check_room(config, kind, checkpoints, step, length.total_steps)
         check_folder(checkpoints.output_dir)
+        _check_room(config, kind, checkpoints, step, length.total_steps)
         return folder, existing
 
     folder, existing = on_main_process(find)

@@ -54,8 +54,8 @@ def results(history: list[dict[str, Any]], updates: int, images: int, seconds: f
 
 
 def outputs(output_dir: Path, export_name: str, total_steps: int) -> dict[str, str]:
-    """Where a finished run's files lie, by name, and how to go on, for the console. What was not written is not named:
-    there are no samples with samples.count=0."""
+    """Where a finished run's files lie, by name, and how to train longer, for the console. What was not written is not
+    named: there are no samples with samples.count=0."""
     written = [output_dir / name for name in (export_name, "samples", "loss_curve.png")]
     rows = {path.name: str(path) for path in written if path.exists()}
     rows["curves"] = f"tensorboard --logdir {shlex.quote(str(curves_folder(output_dir)))}"

@@ -55,7 +55,7 @@ def state_plan(
     shard: bool = False,
     crop_encoder: torch.nn.Module | None = None,
 ) -> str:
-    """What training will hold throughout, said before any of it is allocated. Called by all processes.
+    """What training will hold throughout, as a line to print before any of it is allocated. Called by all processes.
 
     Args:
         outline: the network on the meta device.

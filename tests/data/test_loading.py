@@ -2,11 +2,13 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import warnings
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from PIL import Image
 
 from finetune.config.inputs import DataConfig
+from finetune.core import files
 from finetune.core.errors import UserError
 from finetune.core.kind import ImageFormat
 from finetune.data import loading
@@ -270,6 +273,22 @@ def test_large_pictures_print_no_warnings(tmp_path, monkeypatch):
         warnings.simplefilter("always")
         assert len(load(write_folder(tmp_path / "x", [png(0)]))) == 1
     assert shown == []
+
+
+def test_pictures_that_the_disk_has_no_room_for_are_not_decoded(tmp_path, monkeypatch):
+    """Three of 9 x 9 pixels in three colours, a byte each; those in the cache need none."""
+    source = write_folder(tmp_path / "x", [png(value) for value in (0, 50, 100)])
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 9 * 9 * 3 - 1))
+    (problem,) = problems(source, resolution=9)
+    assert re.fullmatch(
+        r"data\.resolution: \S+: found 728 bytes free, expected 729 for decoded pictures; free some, or set "
+        "HF_DATASETS_CACHE to a larger disk",
+        problem,
+    )
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 9 * 9 * 3))
+    assert len(load(source, resolution=9)) == 3
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert len(load(source, resolution=9)) == 3
 
 
 def test_a_full_disk_is_a_one_line_error(tmp_path, monkeypatch):

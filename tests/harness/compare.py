@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -106,9 +107,18 @@ def unequal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]
 
 
 def differing(one: Path, other: Path, step: int) -> list[str]:
-    """In what two runs are not the same to the last bit: weights, averages, TensorBoard's curves, metrics.jsonl."""
+    """In what two runs are not the same to the last bit: weights, averages, where the run is and its statistics,
+    TensorBoard's curves, metrics.jsonl."""
     found = [part for part in ("model", "ema") if unequal(weights(one, step, part), weights(other, step, part))]
+    found += [part for part in ("state", "meters") if run_state(one, step)[part] != run_state(other, step)[part]]
     return found + [read.__name__ for read in (curves, untimed) if read(one) != read(other)]
+
+
+def run_state(output_dir: Path, step: int) -> dict[str, Any]:
+    """A checkpoint's own JSON, without the seconds that the run took and the checkpoints that it branched off from."""
+    found = json.loads((output_dir / f"checkpoint-{step}" / checkpoint.RUN_STATE).read_text())
+    found["state"] = {name: value for name, value in found["state"].items() if name not in ("seconds", "branches")}
+    return found
 
 
 def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

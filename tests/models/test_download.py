@@ -140,4 +140,5 @@ def test_a_repository_that_has_only_half_weights_is_trained_and_the_plan_says_so
     after = load_file(base / name / "pipeline/unet/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     # AdamW's first update moves a weight by about the learning rate, 1e-3
-    assert max(float((after[key] - tensor.float()).abs().max()) for key, tensor in before.items()) < 1.2e-3
+    moved = max(float((after[key] - tensor.float()).abs().max()) for key, tensor in before.items())
+    assert moved == pytest.approx(1e-3, rel=0.05)

@@ -279,10 +279,14 @@ def test_a_base_with_adapters_among_its_weights_is_refused_with_what_to_do(folde
 
 
 def test_adapters_are_for_text_to_image_models():
-    with pytest.raises(
-        UserError, match=r"model\.lora: found it with .*digits-base, a model of pixels; expected a Stable"
-    ):
-        load(ROOT / "configs/digits-base")
+    base = ROOT / "configs/digits-base"
+    for folder, found in ((base, "a DDPMPipeline"), (base / "unet", "which is no pipeline")):
+        with pytest.raises(UserError) as refused:
+            load(folder)
+        assert refused.value.problems == (
+            f"model.lora: found it with {folder}, {found}; expected a StableDiffusionPipeline or a "
+            "StableDiffusionXLPipeline",
+        )
 
 
 def test_dropout_is_refused():

@@ -145,7 +145,7 @@ def test_identity_is_json_and_changes_with_every_setting():
         ({"unet": {**UNET, "sample_size": None}}, None, "data.resolution: not given, and the model has no square"),
         ({"unet": {**UNET, "sample_size": [8, 16]}}, None, "data.resolution: not given, and the model has no square"),
         ({"unet": {**UNET, "out_channels": 2}}, None, "maps 1 channels to 2"),
-        ({"unet": {**UNET, "num_class_embeds": 10}}, None, "conditioned on 10 classes"),
+        ({"unet": {**UNET, "num_class_embeds": 10}}, None, "found 10; leave it out, and set"),
         (
             {"unet": {**UNET, "norm_groups": 4}},
             None,
@@ -198,6 +198,15 @@ def test_a_model_config_that_cannot_be_trained_is_refused(config, resolution, li
     assert line in problem
     assert "\n" not in problem
     assert failure.value.exit_code == 2
+
+
+def test_a_pretrained_network_of_classes_is_trained_by_class_alone(tmp_path):
+    DDPMPipeline(UNet2DModel(**UNET, num_class_embeds=10), DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as failure:
+        load(pretrained=str(tmp_path))
+    (problem,) = failure.value.problems
+    expected = "model: the UNet is conditioned on 10 classes; set model.class_conditional=true and data.label_column"
+    assert problem.startswith(expected)
 
 
 def change_index(folder, part, value):

@@ -135,10 +135,10 @@ def test_a_disk_that_becomes_read_only_in_a_run_or_before_it(undisturbed, disk):
 @pytest.mark.parametrize(
     ("place", "problem"),
     [
-        ("file", "is not writable (File exists); set a writable folder"),
-        ("file/run", "is not writable (Not a directory); set a writable folder"),
+        ("file", "found the file {place}; expected a folder, or a name that is free"),
+        ("file/run", "found the file {place.parent}; expected a folder, or a name that is free"),
         ("/proc/run", "found 0 bytes free, expected "),
-        ("/dev/null", "is not writable (File exists); set a writable folder"),
+        ("/dev/null", "found the file {place}; expected a folder, or a name that is free"),
     ],
 )
 def test_an_output_folder_that_cannot_exist(undisturbed, tmp_path, place, problem):
@@ -148,7 +148,8 @@ def test_an_output_folder_that_cannot_exist(undisturbed, tmp_path, place, proble
         command = "--config", undisturbed / "config.yaml", f"output_dir={tmp_path / place}", *flags
         refused = run(*command, folder=undisturbed)
         assert refused.returncode == 2
-        assert refused.error.startswith(f"output_dir: {tmp_path / place}: {problem}")
+        path = tmp_path / place
+        assert refused.error.startswith(f"output_dir: {path}: {problem.format(place=path)}")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
 
 

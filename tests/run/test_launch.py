@@ -119,7 +119,9 @@ def test_torchrun_sets_what_connects_the_processes_of_these_tests(tmp_path):
     script.write_text(f"import os\nprint(*map(os.environ.__getitem__, {names}))\n")
     process = start_command(*TORCHRUN, script)
     output, errors = process.communicate(timeout=120)
-    assert sorted(line.split()[:3] for line in output.splitlines()) == [["2", "0", "0"], ["2", "1", "1"]], errors
+    first, second = sorted(line.split() for line in output.splitlines())
+    assert [first[:3], second[:3]] == [["2", "0", "0"], ["2", "1", "1"]], errors
+    assert first[3:] == second[3:]  # the store that connects them
 
 
 THREADS = """

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import yaml
 
+from finetune.run import checkpoint
 from harness.compare import history, newest_step, valid_checkpoints
 from harness.configs import ROOT, write_config, write_endless
 from harness.processes import run, start_command, wait_for
@@ -92,8 +93,9 @@ def test_a_killed_process_is_started_again_and_a_run_that_was_asked_to_stop_is_n
     wait_for(lambda: any(output_dir.glob("checkpoint-*")), job.main)
     first = job.trainers()
     first[-1].kill()
-    _, alive = psutil.wait_procs(first, timeout=60)
+    _, alive = psutil.wait_procs(first, timeout=20)  # after 30 s the launcher kills what is left
     assert alive == []
+    assert {checkpoint.flaw(folder) for folder in output_dir.glob("checkpoint-*")} == {None}
     known = newest_step(output_dir)
     wait_for(lambda: newest_step(output_dir) > known, job.main)
     job.trainers()[-1].send_signal(signal.SIGUSR1)

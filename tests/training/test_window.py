@@ -1,5 +1,7 @@
 """One update's losses and gradient norms, by numbers worked out by hand and through Accelerate's own accumulation."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -61,14 +63,17 @@ def test_the_first_gradient_of_a_sharded_network_is_of_all_processes(monkeypatch
     assert result.micro_batch == 4.0
 
 
-def test_the_first_gradient_is_scaled_to_its_micro_batch_mean():
-    # N = 2: Accelerate halved the micro-batch's mean gradient, whose norm was 2 x |(3, 4)| = 10
+@pytest.mark.parametrize("scale", [1, 1024], ids=["float32", "fp16"])
+def test_the_first_gradient_is_scaled_to_its_micro_batch_mean(scale):
+    # N = 2: Accelerate halved the micro-batch's mean gradient, whose norm was 2 x |(3, 4)| = 10, and fp16 scaled it
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = None if scale == 1 else SimpleNamespace(get_scale=lambda: float(scale))
     window, parameter = Window(deal_evenly(4, BatchLayout(2, 2, 1))), torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([3.0, 4.0])
+    parameter.grad = scale * torch.tensor([3.0, 4.0])
     window.add(torch.ones(2), [parameter])
-    parameter.grad = torch.tensor([30.0, 40.0])
+    parameter.grad = scale * torch.tensor([30.0, 40.0])
     window.add(torch.ones(2), [parameter])
-    result = window.close(Accelerator(cpu=True), torch.tensor(1.0), stop=True)
+    result = window.close(accelerator, torch.tensor(1.0), stop=True)
     assert result.losses.tolist() == [1.0] * 4
     assert result[1:] == (1.0, 10.0, True, 2.0)
 
