@@ -1,6 +1,5 @@
 """Adapter runs through the script: what is saved, what is exported and verified, and what resuming demands."""
 
-import json
 import shutil
 
 import pytest
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 
 from finetune.models import lora_files
 from finetune.models.lora import LoRA
-from harness.compare import differing, history, moments, unequal, weights
+from harness.compare import differing, history, moments, run_state, unequal, weights
 from harness.configs import EVALUATED_STEPS, evaluated_config, of_kind, write_config, write_pictures
 from harness.faults import at_call
 from harness.processes import finish, run
@@ -66,7 +65,7 @@ def test_a_checkpoint_holds_the_adapters_alone(finished):
 
 
 def test_the_identity_has_the_adapters_and_a_hash_of_the_base(finished):
-    state = json.loads((finished / "run" / f"checkpoint-{EVALUATED_STEPS}" / "run_state.json").read_text())
+    state = run_state(finished / "run", EVALUATED_STEPS)
     assert state["identity"]["lora"] == {
         "rank": 2,
         "alpha": 3.0,

@@ -1,12 +1,11 @@
 """The quality of samples, measured during a run, and the best checkpoint kept by it."""
 
-import json
 from functools import partial
 
 import pytest
 
 from finetune.evaluation.quality import Quality
-from harness.compare import history, valid_checkpoints
+from harness.compare import history, run_state, valid_checkpoints
 from harness.configs import EVALUATED_STEPS, evaluated_config, of_kind, write_config, write_pictures
 from harness.faults import kill_at
 from harness.features import save_resnet
@@ -85,7 +84,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(base, tmp_path, best):
 
     finish("--config", base / "config.yaml", f"output_dir={tmp_path / 'run'}", folder=tmp_path, before=before)
     assert valid_checkpoints(tmp_path / "run") == sorted({best, EVALUATED_STEPS})  # keep is 1
-    state = json.loads((tmp_path / f"run/checkpoint-{EVALUATED_STEPS}/run_state.json").read_text())["state"]
+    state = run_state(tmp_path / "run", EVALUATED_STEPS)["state"]
     assert (state["best_step"], state["best_distance"]) == (best, 0.0)
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from finetune.run.run import Run
-from harness.compare import differing, history, moments, unequal, weights
+from harness.compare import differing, history, moments, run_state, unequal, weights
 from harness.configs import UNET
 from harness.faults import skip_the_export, stop_after_updates
 from harness.processes import finish, run, run_two
@@ -108,7 +108,7 @@ def test_skipped_updates_are_counted(base, skipped):
     counted = [line["train/skipped_updates"] for line in history(base / "run")]
     assert counted == [skipped[: step + 1].count(True) for step in range(STEPS)]
     assert {int(count) for count in moments(base / "run", STEPS)["step"].values()} == {skipped.count(False)}
-    state = json.loads((base / "run" / f"checkpoint-{STEPS}" / "run_state.json").read_text())["state"]
+    state = run_state(base / "run", STEPS)["state"]
     assert state["skipped"] == skipped.count(True)
 
 

@@ -54,20 +54,17 @@ def decoded(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pieces = np.array_split(rows, -(-len(rows) // max(PIECE, len(rows) // 64)))
     names = [_hash(chosen.astype("<i8").tobytes()) for chosen in pieces]
-
-    def file_of(name: str) -> str:
-        return os.path.join(folder, f"{name}.arrow")
-
+    files = [os.path.join(folder, f"{name}.arrow") for name in names]
     tables = []
     with exclusive(folder), ThreadPoolExecutor(cores) as threads:
-        missing = sum(len(rows) for rows, name in zip(pieces, names, strict=True) if not os.path.exists(file_of(name)))
+        missing = sum(len(chosen) for chosen, file in zip(pieces, files, strict=True) if not os.path.exists(file))
         require_room(f"data.resolution: {folder}", Path(folder), missing * size, "decoded pictures", LARGER_CACHE)
 
         def decode_batch(images: list[Encoded | None]) -> dict[str, list[Any]]:
             batch = list(threads.map(decode, images))
             return {name: [row[name] for row in batch] for name in features}
 
-        for number, (chosen, name) in enumerate(zip(pieces, names, strict=True), 1):
+        for number, (chosen, name, file) in enumerate(zip(pieces, names, files, strict=True), 1):
             piece = dataset.select_columns(column).select(chosen)
             convert = partial(
                 piece.map,
@@ -79,7 +76,7 @@ def decoded(
                 features=features,
                 new_fingerprint=f"{key}-{name}",
                 # Otherwise `map` writes beside the source's own files, or keeps the result in memory.
-                cache_file_name=file_of(name),
+                cache_file_name=file,
                 desc="Decoding images" + (f" ({number}/{len(pieces)})" if len(pieces) > 1 else ""),
             )
             tables.append(_current(convert, piece[column], decode))

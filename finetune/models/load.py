@@ -32,10 +32,11 @@ def outline_kind(
             f"model.pretrained: {config.pretrained}: found the adapter {DIFFUSERS}; expected the pipeline that it was "
             "trained beside"
         )
-    if folder is not None and str((index := _index(folder)).get("_class_name")) in PIPELINES:
+    index = {} if folder is None else _index(folder)
+    found = index.get("_class_name")
+    if folder is not None and str(found) in PIPELINES:
         return StableDiffusionOutline(config, folder, index, resolution, crops)
     if config.lora is not None:
-        found = None if folder is None else _index(folder).get("_class_name")
         raise UserError(
             f"model.lora: found it with {config.pretrained}, {f'a {found}' if found else 'which is no pipeline'}; "
             f"expected a {' or a '.join(PIPELINES)}"

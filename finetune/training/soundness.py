@@ -112,8 +112,8 @@ def _micro_batches(shapes: Sequence[Shape], micro_batch_size: int) -> list[tuple
 def _acceptable(compiled: float, plain: float) -> bool:
     """Whether no process finds the compiled gradients farther off than rounding explains.
 
-    Where the uncompiled gradients are not finite either, nothing can be told, and the first update
-    is refused with a message of its own.
+    Where the uncompiled gradients are not finite either, nothing can be told, and the first update is
+    refused with a message of its own.
     """
     rounding = torch.finfo(torch.float32).eps
     return all_agree(not math.isfinite(plain) or compiled <= _TOLERATED * plain + rounding)

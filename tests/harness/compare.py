@@ -110,15 +110,16 @@ def differing(one: Path, other: Path, step: int) -> list[str]:
     """In what two runs are not the same to the last bit: weights, averages, where the run is and its statistics,
     TensorBoard's curves, metrics.jsonl."""
     found = [part for part in ("model", "ema") if unequal(weights(one, step, part), weights(other, step, part))]
-    found += [part for part in ("state", "meters") if run_state(one, step)[part] != run_state(other, step)[part]]
+    first, second = run_state(one, step), run_state(other, step)
+    for saved in (first, second):  # how long it took, and where it branched off
+        saved["state"] |= {"seconds": 0.0, "branches": []}
+    found += [part for part in ("state", "meters") if first[part] != second[part]]
     return found + [read.__name__ for read in (curves, untimed) if read(one) != read(other)]
 
 
 def run_state(output_dir: Path, step: int) -> dict[str, Any]:
-    """A checkpoint's own JSON, without the seconds that the run took and the checkpoints that it branched off from."""
-    found = json.loads((output_dir / f"checkpoint-{step}" / checkpoint.RUN_STATE).read_text())
-    found["state"] = {name: value for name, value in found["state"].items() if name not in ("seconds", "branches")}
-    return found
+    """A checkpoint's own JSON: where the run is, its statistics, its identity and its config."""
+    return json.loads((output_dir / f"checkpoint-{step}" / checkpoint.RUN_STATE).read_text())
 
 
 def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

@@ -67,10 +67,10 @@ def of_kind(kind: str, pictures: Path, whole: bool = False) -> dict[str, Any]:
     """
     if kind not in PIPELINES:
         return KINDS[kind] | ({"model__unet": UNET} if whole else {})
-    from harness.pipelines import SMALL, save_pipeline
+    from harness import pipelines
 
-    unet = {} if whole else SMALL
-    folder = save_pipeline(pictures.with_name(f"{pictures.name}-{kind}"), unet=unet, **PIPELINES[kind])
+    unet = {} if whole else pipelines.SMALL
+    folder = pipelines.save_pipeline(pictures.with_name(f"{pictures.name}-{kind}"), unet=unet, **PIPELINES[kind])
     return {"model": {"pretrained": folder}, **KINDS[kind]}
 
 

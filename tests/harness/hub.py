@@ -36,10 +36,6 @@ class Hub:
                 super().setup()
                 hub._connections.append(self.connection)
 
-            def handle_one_request(self):
-                super().handle_one_request()
-                self.close_connection |= hub.hangs_up
-
             def do_HEAD(self):
                 self._answer(*hub.answer(self.path, head=True), head=True)
 
@@ -52,6 +48,7 @@ class Hub:
 
             def _answer(self, code: int, content: bytes, kind: str, head: bool = False) -> None:
                 if hub.hangs_up:
+                    self.close_connection = True
                     return
                 self.send_response(code)
                 headers = {"Content-Type": kind, "Content-Length": str(len(content)), "X-Repo-Commit": COMMIT}

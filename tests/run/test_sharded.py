@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.run import checkpoint, manifest, shards
 from harness.checkpoints import empty, flip_a_bit, parts, remove, truncate
-from harness.compare import differences, differing, history, moments, unequal, valid_checkpoints, weights
+from harness.compare import differences, differing, history, moments, run_state, unequal, valid_checkpoints, weights
 from harness.configs import (
     EVALUATED_STEPS,
     evaluated_config,
@@ -150,10 +150,7 @@ def test_the_noise_scale_counts_the_micro_batches_of_all_processes(base, tmp_pat
     overrides = f"output_dir={tmp_path / 'run'}", "training.micro_batch_size=4"
     outcome = run("--config", base / "config.yaml", *overrides, folder=tmp_path, before=skip_the_export)
     assert outcome.returncode == 0, outcome
-    expected, found = (
-        json.loads((folder / f"run/checkpoint-{STEPS}/run_state.json").read_text())["meters"]["noise_scale"]
-        for folder in (tmp_path, base)
-    )
+    expected, found = (run_state(folder / "run", STEPS)["meters"]["noise_scale"] for folder in (tmp_path, base))
     assert found["updates"] == expected["updates"] == 4  # of full windows
     for name in ("noise", "squared_gradient"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4)

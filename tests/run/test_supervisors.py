@@ -53,7 +53,7 @@ def test_nothing_is_lost_under_a_supervisor(config, tmp_path, command, superviso
     ids=["python, Docker", "two, Slurm"],
 )
 def test_with_nohup_a_run_outlives_its_terminal(config, tmp_path, command, supervisor, returned):
-    """And nothing is lost when it is ended in the end.
+    """And nothing is lost when it is ended afterwards.
 
     The launcher of several processes handles SIGHUP though it was started with it ignored, unless told otherwise.
     """

@@ -13,7 +13,7 @@ from finetune.data.order import epoch_order
 from finetune.run.recovery import SKIP_LIMIT
 from finetune.run.run import Run
 from finetune.training.window import Window
-from harness.compare import differing, history, moments, unequal, valid_checkpoints, weights
+from harness.compare import differing, history, moments, run_state, unequal, valid_checkpoints, weights
 from harness.faults import skip_the_export
 from harness.processes import finish, run, run_two
 from harness.undisturbed import command, undisturbed
@@ -100,7 +100,7 @@ def test_skip_leaves_out_the_update_and_counts_it(base, tmp_path):
     # The second epoch's mean is over its windows of 8 and 3 images, without the 8 of the skipped one.
     totals = [lines[3]["train/loss"] * 8, lines[5]["train/loss"] * 3]
     assert lines[5]["train/epoch_loss"] == pytest.approx(sum(totals) / 11, rel=1e-12)
-    state = json.loads((run_dir / f"checkpoint-{STEPS}/run_state.json").read_text())["state"]
+    state = run_state(run_dir, STEPS)["state"]
     assert (state["skipped"], state["skipped_in_a_row"]) == (1, 0)
 
 
